@@ -1,0 +1,271 @@
+"""Benchmarks that can be trusted: interleaved timing, peers in the same run, results kept in one format.
+
+A project's ``benchmark.py`` fills a `Report`: for every row the paper's claim, our figure, a peer's figure measured in
+the same run, and the physical limit. `Report.finish` prints the table, writes ``results/<project>.<device>.json`` and
+refreshes the table between the markers in the project's README. ``uv run python -m common.benchmark`` gathers all
+files into ``RESULTS.md``; ``--check`` fails where a README is out of date.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common import RESULTS, ROOT
+from common.checkpoint import atomic_write
+from common.device import device_name, device_slug, pick_device, synchronize
+
+START, END = "<!-- results:start -->", "<!-- results:end -->"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one function over several repeats: median, fastest, slowest, and how many."""
+
+    median: float
+    low: float
+    high: float
+    n: int
+
+    def rate(self, amount):
+        """(median, low, high) of `amount` per second."""
+        return amount / self.median, amount / self.high, amount / self.low
+
+
+def measure(functions, repeats=5, warmup=1, device="cpu", before=None):
+    """Time several functions fairly: in turn (A B C, A B C, ...), so that drift of the machine hits all alike.
+
+    Args:
+        functions: name -> function without arguments; it must do all of its work each time.
+        repeats: counted rounds.
+        warmup: rounds before that (compilation, caches).
+        device: the device to wait for before each reading of the clock.
+        before: called before each timed call, outside the clock (to flush a cache, say).
+
+    Returns:
+        name -> `Timing`, in seconds.
+    """
+    times = {name: [] for name in functions}
+    for round_number in range(warmup + repeats):
+        for name, function in functions.items():
+            if before:
+                before()
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            if round_number >= warmup:
+                times[name].append(time.perf_counter() - start)
+    return {name: Timing(statistics.median(t), min(t), max(t), len(t)) for name, t in times.items()}
+
+
+class Report:
+    """The result of one project's benchmark on one device.
+
+    Args:
+        project: the folder's name, ``project2_tokenizer``.
+        title: one line above the table.
+        device: where it ran; by default the best device present.
+        folder: where results go; by default ``results/``.
+    """
+
+    def __init__(self, project, title, device=None, folder=None):
+        self.project, self.title, self.device = project, title, device or pick_device()
+        self.folder = Path(folder or RESULTS)
+        self.rows, self.checks, self.curves = [], [], {}
+
+    def row(
+        self,
+        name,
+        ours,
+        unit,
+        *,
+        claim=None,
+        peer=None,
+        peer_name=None,
+        limit=None,
+        limit_name=None,
+        higher_is_better=True,
+        spread=None,
+        note="",
+    ):
+        """Add a measured row.
+
+        Args:
+            name: what was measured.
+            ours, peer, limit: figures in `unit`; a peer is measured in the same run, a limit is arithmetic.
+            claim: what the paper says, with its table or figure, as text.
+            spread: (low, high) of our figure over the repeats.
+            higher_is_better: how the ratios read: above 1 is always in our favour.
+        """
+        self.rows.append({
+            "name": name, "claim": claim, "ours": ours, "unit": unit, "spread": spread and list(spread), "peer": peer,
+            "peer_name": peer_name, "limit": limit, "limit_name": limit_name,
+            "vs_peer": _ratio(ours, peer, higher_is_better), "of_limit": _ratio(ours, limit, higher_is_better),
+            "note": note,
+        })  # fmt: skip
+
+    def skip(self, name, why):
+        """Add a row that could not be measured here, with the reason."""
+        self.rows.append({"name": name, "skipped": why})
+
+    def check(self, name, ok, detail=""):
+        """Record a correctness check of the same run; one that failed makes `finish` exit with status 1."""
+        self.checks.append({"name": name, "ok": bool(ok), "detail": detail})
+
+    def series(self, name, xs, ys):
+        """Keep a curve with the result."""
+        self.curves[name] = {"x": list(xs), "y": list(ys)}
+
+    def finish(self):
+        """Print the table, write the results file, refresh the README; exit 1 if a check failed."""
+        result = {
+            "project": self.project,
+            "title": self.title,
+            "device": device_name(self.device),
+            "date": datetime.date.today().isoformat(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "rows": self.rows,
+            "checks": self.checks,
+            "series": self.curves,
+        }
+        print(f"\n{self.title}: {result['device']}\n")
+        print("\n".join(_table(result, plain=True)))
+        for check in self.checks:
+            print(f"{'ok  ' if check['ok'] else 'FAIL'}  {check['name']}  {check['detail']}".rstrip())
+        path = self.folder / f"{self.project}.{device_slug(self.device)}.json"
+        atomic_write(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        print(f"\nwrote {path}")
+        if self.folder == RESULTS:
+            refresh_readme(self.project)
+        if not all(check["ok"] for check in self.checks):
+            raise SystemExit(1)
+
+
+def _ratio(ours, other, higher_is_better):
+    """How much better ours is: above 1 in our favour."""
+    if ours is None or not other or not ours:
+        return None
+    return ours / other if higher_is_better else other / ours
+
+
+def _number(value):
+    """Four significant digits at most, thousands grouped."""
+    if value is None:
+        return "—"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _cells(row):
+    """The text cells of one row: name, claim, ours, peer, limit, ratios."""
+    if "skipped" in row:
+        return [row["name"], "", "not measured: " + row["skipped"], "", "", "", ""]
+    spread = f" ({_number(row['spread'][0])}–{_number(row['spread'][1])})" if row.get("spread") else ""
+    peer = f"{_number(row['peer'])} ({row['peer_name']})" if row["peer"] is not None else row["peer_name"] or "—"
+    limit = f"{_number(row['limit'])} ({row['limit_name']})" if row["limit"] is not None else "—"
+    ratios = [f"{row[key]:.2f}×" if row[key] is not None else "—" for key in ("vs_peer", "of_limit")]
+    return [row["name"], row["claim"] or "—", f"**{_number(row['ours'])}** {row['unit']}{spread}", peer, limit, *ratios]
+
+
+def _table(result, plain=False):
+    """The lines of the table: Markdown, or aligned for the terminal."""
+    head = ["what", "paper's claim", "ours", "peer, same run", "limit", "vs peer", "of limit"]
+    cells = [head, *(_cells(row) for row in result["rows"])]
+    if plain:
+        cells = [[cell.replace("**", "") for cell in row] for row in cells]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+        return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
+    lines.insert(1, "|" + " --- |" * len(head))
+    notes = [f"- {row['name']}: {row['note']}" for row in result["rows"] if row.get("note")]
+    return lines + ([""] + notes if notes else [])
+
+
+def _results(project):
+    """The results of one project on all devices, GPUs first."""
+    files = sorted(RESULTS.glob(f"{project}.*.json"), key=lambda path: (path.stem.endswith(".cpu"), path.name))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in files]
+
+
+def _section(result):
+    """The Markdown of one result: where, when, with what, and the table."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return [f"**{result['device']}** ({result['date']}, {versions})", "", *_table(result), ""]
+
+
+def render(project):
+    """What belongs between the markers of a project's README, as text."""
+    lines = [line for result in _results(project) for line in _section(result)]
+    return "\n".join([START, "", *lines, END]) if lines else f"{START}\n\nNothing measured yet.\n\n{END}"
+
+
+def readme_of(project):
+    """The README of a project's folder, or None where the folder does not exist."""
+    return next(iter(ROOT.glob(f"phase*/{project}/README.md")), None)
+
+
+def refresh_readme(project):
+    """Write the current results between the markers of a project's README; returns True if that changed it."""
+    readme = readme_of(project)
+    text = readme.read_text(encoding="utf-8") if readme else ""
+    if START not in text or END not in text:
+        return False
+    before, rest = text.split(START, 1)
+    fresh = before + render(project) + rest.split(END, 1)[1]
+    if fresh != text:
+        atomic_write(readme, fresh)
+    return fresh != text
+
+
+def results_page():
+    """The text of RESULTS.md: every project's table, generated."""
+    lines = [
+        "# Results",
+        "",
+        "Generated by `uv run python -m common.benchmark` from the files in `results/`; nothing here is written by hand.",
+        "Each figure is the median over repeats; a peer was measured in the same run, in turn with ours; a ratio above 1",
+        "is in our favour; negative results stay in. `results/` also holds the spreads, the checks and the curves.",
+        "",
+    ]
+    projects = sorted({path.name.split(".")[0] for path in RESULTS.glob("*.json")}, key=_project_number)
+    for project in projects:
+        results = _results(project)
+        lines += [f"## {project}: {results[0]['title']}", ""]
+        lines += [line for result in results for line in _section(result)]
+    return "\n".join(lines)
+
+
+def _project_number(project):
+    """Sort key: project10 comes after project9."""
+    digits = "".join(filter(str.isdigit, project.split("_")[0]))
+    return int(digits or 0), project
+
+
+def main(argv=None):
+    """Write RESULTS.md and refresh every README, or check that they are fresh."""
+    parser = argparse.ArgumentParser(description="Gather results/*.json into RESULTS.md and the projects' READMEs.")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a page is out of date")
+    arguments = parser.parse_args(argv)
+    page = ROOT / "RESULTS.md"
+    projects = {path.name.split(".")[0] for path in RESULTS.glob("*.json")}
+    if arguments.check:
+        stale = [p for p in projects if readme_of(p) and render(p) not in readme_of(p).read_text(encoding="utf-8")]
+        stale += ["RESULTS.md"] if not page.exists() or page.read_text(encoding="utf-8") != results_page() else []
+        for name in stale:
+            print(f"out of date: {name}; run `uv run python -m common.benchmark`", file=sys.stderr)
+        raise SystemExit(1 if stale else 0)
+    for project in projects:
+        refresh_readme(project)
+    atomic_write(page, results_page())
+    print(f"wrote {page} from the results of {len(projects)} projects")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The phone book: short names for what other floors provide.
+
+A lower project may use what a higher one made (``--use flash``) without importing it: it asks the catalog by name,
+and the catalog imports lazily. A checkpoint stores names and arguments from here, never import paths.
+"""
+
+import importlib
+import json
+
+# group -> short name -> "module:function". A transform is `f(model, **json_args) -> model`.
+GROUPS = {
+    # change what the model computes or stores: recorded in the checkpoint's recipe and replayed by `load`
+    "transforms": {},
+    # change how it is computed, not what: never recorded
+    "runtime": {
+        "checkpointing": "phase1_foundation.project3_pretrain.checkpointing:checkpoint_activations",
+        "chunked_loss": "phase1_foundation.project3_pretrain.head:use_chunked_loss",
+        "cudnn": "phase1_foundation.project3_pretrain.plans:use_cudnn_attention",
+    },
+    "architectures": {
+        "transformer": "phase1_foundation.project3_pretrain.loading:build_transformer",
+        "minimal_gpt": "phase1_foundation.project3_pretrain.loading:build_minimal_gpt",
+    },
+}
+
+
+def resolve(group, name):
+    """Import and return what `name` stands for in `group`.
+
+    Raises:
+        ValueError: the group or the name is unknown; the message lists the known ones.
+    """
+    if group not in GROUPS:
+        raise ValueError(f"unknown catalog group {group!r}: the groups are {', '.join(GROUPS)}")
+    if name not in GROUPS[group]:
+        known = ", ".join(sorted(GROUPS[group])) or "none yet"
+        raise ValueError(f"unknown name {name!r} in the catalog group {group!r}: known are {known}")
+    module, function = GROUPS[group][name].split(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def parse(text):
+    """Split ``"int4:group_size=64,method=gptq"`` into ``("int4", {"group_size": 64, "method": "gptq"})``."""
+    name, _, arguments = text.partition(":")
+    options = {}
+    for part in filter(None, arguments.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals or not key.isidentifier():
+            raise ValueError(f"{text!r}: write options as name:key=value,key=value, not {part!r}")
+        try:
+            options[key] = json.loads(value)
+        except json.JSONDecodeError:
+            options[key] = value  # a bare word is text
+    return name, options
+
+
+def apply(model, uses):
+    """Apply transforms by name, in order, and record the persistent ones in ``model.recipe``.
+
+    Args:
+        model: the model; a transform may change it in place or return another one.
+        uses: texts as `parse` reads them, or (name, arguments) pairs as a recipe holds them.
+
+    Raises:
+        ValueError: an unknown name, or arguments that the transform does not take.
+    """
+    for use in uses:
+        name, options = parse(use) if isinstance(use, str) else use
+        persistent = name in GROUPS["transforms"]
+        if not persistent and name not in GROUPS["runtime"]:
+            known = ", ".join(sorted({*GROUPS["transforms"], *GROUPS["runtime"]}))
+            raise ValueError(f"unknown transform {name!r}: known are {known}")
+        transform = resolve("transforms" if persistent else "runtime", name)
+        recipe = list(getattr(model, "recipe", []))
+        try:
+            model = transform(model, **options)
+        except TypeError as error:
+            raise ValueError(f"{name} does not take the options {options}: {error}") from error
+        model.recipe = [*recipe, [name, options]] if persistent else recipe
+    return model

@@ -1,0 +1,81 @@
+"""Triton kernels with a safety net: every kernel has a reference that defines what it computes.
+
+`op` registers a kernel as a PyTorch operator: ``torch.compile`` sees through it (`triton_op`), fake tensors get their
+shapes from the reference, and a CPU runs the reference, so a model that uses it works everywhere. `fuzz` holds any
+implementation against its reference in float64, over as many drawn shapes as asked.
+"""
+
+import os
+
+import torch
+
+
+def interpreting():
+    """True when Triton runs its kernels on the CPU, in Python (``TRITON_INTERPRET=1``): slow, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def op(name, reference, mutates=()):
+    """Decorate the launcher of a Triton kernel and make it an operator ``roadmap::name``.
+
+    The launcher's arguments and result need type annotations, from which PyTorch reads the schema. Inside it, a
+    kernel is launched through `launch`, so that the compiler can trace it.
+
+    Args:
+        name: unique within the roadmap.
+        reference: plain PyTorch with the same signature; runs on devices without Triton, and says the shapes.
+        mutates: names of the arguments that the kernel writes into.
+
+    Returns:
+        The operator; ``.reference`` holds `reference`.
+    """
+
+    def register(launcher):
+        operator = torch.library.triton_op(f"roadmap::{name}", launcher, mutates_args=mutates)
+        operator.register_fake(reference)
+        operator.register_kernel("cpu")(launcher if interpreting() else reference)
+        operator.reference = reference
+        return operator
+
+    return register
+
+
+def launch(kernel):
+    """Wrap a ``@triton.jit`` kernel for a launch inside an `op`: ``launch(kernel)[grid](...)``."""
+    return kernel if interpreting() else torch.library.wrap_triton(kernel)
+
+
+def relative_error(out, exact):
+    """‖out − exact‖ / ‖exact‖ in float64; infinite where `out` is not finite."""
+    out, exact = out.detach().double().cpu(), exact.detach().double().cpu()
+    if not torch.isfinite(out).all():
+        return float("inf")
+    return float((out - exact).norm() / exact.norm().clamp_min(1e-30))
+
+
+def fuzz(function, reference, draw, cases=20, seed=0, tolerance=1e-2):
+    """Hold `function` against `reference` evaluated in float64, over drawn inputs.
+
+    Args:
+        function, reference: take the same arguments, return a tensor or a tuple of tensors.
+        draw: ``draw(generator) -> arguments``; floating tensors among them are upcast for the reference.
+        cases: how many draws.
+        tolerance: largest allowed relative error.
+
+    Returns:
+        The worst relative error.
+
+    Raises:
+        AssertionError: a case is worse than `tolerance`; the message holds its number, seed and shapes.
+    """
+    worst = 0.0
+    for case in range(cases):
+        arguments = draw(torch.Generator().manual_seed(seed + case))
+        exact = reference(*(a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments))
+        out = function(*arguments)
+        pairs = zip(out, exact) if isinstance(out, tuple) else [(out, exact)]
+        error = max(relative_error(ours, theirs) for ours, theirs in pairs)
+        shapes = [tuple(a.shape) for a in arguments if torch.is_tensor(a)]
+        assert error <= tolerance, f"case {case} (seed {seed + case}, shapes {shapes}): relative error {error:.2e}"
+        worst = max(worst, error)
+    return worst

@@ -1,0 +1,137 @@
+"""One context for the chores of a script, so that a script holds only its technique.
+
+`Run` reads the settings, seeds, picks the device, joins a process group when started by ``torch.distributed.run``,
+writes ``metrics.jsonl``, turns the first Ctrl-C into a request to stop, and turns errors that a user can cause into
+one line instead of a traceback.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from common import settings as settings_module
+from common.device import device_name, pick_device
+
+
+class Run:
+    """The frame of a script::
+
+        def main(argv=None):
+            with Run(config, argv, description=__doc__) as run:
+                model = GPT(...).to(run.device)
+                ...
+                run.log(step=1, loss=2.3)
+
+    Args:
+        config: the project's config module.
+        argv: the command line, or None for ``sys.argv[1:]``.
+        sections: the config's sections that become flags of this script.
+        description: the text of ``--help``; usually the script's ``__doc__``.
+        quiet: do not print the configuration.
+
+    Attributes:
+        settings: the validated copy of the constants.
+        device: a `torch.device`; on several GPUs each process has its own.
+        rank, world_size: this process among those of the run; 0 and 1 without ``torch.distributed.run``.
+        stopping: True after the first Ctrl-C; loops finish their step, save and leave. A second one interrupts.
+
+    Raises:
+        SystemExit: with status 2 and one ``error: ...`` line, for a ValueError or OSError raised inside. Set
+            LLM_ROADMAP_TRACEBACK=1 to see where it came from.
+    """
+
+    def __init__(self, config, argv=None, sections=None, description=None, quiet=False):
+        self.config, self.argv, self.sections = config, argv, sections
+        self.description, self.quiet = description, quiet
+        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.stopping, self._metrics, self._old_handler, self._joined = False, None, None, False
+
+    def __enter__(self):
+        try:
+            self._start()
+        except BaseException as error:
+            if self.__exit__(type(error), error, error.__traceback__) is not True:
+                raise
+        return self
+
+    def _start(self):
+        self.settings = settings_module.load(self.config, self.argv, self.sections, self.description)
+        seed = getattr(self.settings, "SEED", 0)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries that use the global generator
+        torch.manual_seed(seed)
+        self.device = torch.device(getattr(self.settings, "DEVICE", None) or pick_device())
+        if self.world_size > 1:
+            self._join()
+        self._old_handler = _install(self._on_interrupt)
+        if not self.quiet and self.is_main:
+            settings_module.print_config(self.settings)
+            print(
+                f"Running on {device_name(self.device)}" + f" x {self.world_size}" * (self.world_size > 1), flush=True
+            )
+
+    def _join(self):
+        """Join the process group that ``torch.distributed.run`` announced in the environment."""
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(self.device)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            self._joined = True
+
+    @property
+    def is_main(self):
+        """True for the one process that prints and writes files."""
+        return self.rank == 0
+
+    def _on_interrupt(self, number, frame):
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
+        self.print("\nStopping after this step (press Ctrl-C again to stop at once) ...")
+
+    def print(self, *values, **options):
+        """Print, once in a distributed run."""
+        if self.is_main:
+            print(*values, **{"flush": True, **options})
+
+    def metrics(self, path):
+        """Append what `log` gets to the JSON Lines file at `path`."""
+        if self.is_main:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self._metrics = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+
+    def log(self, **fields):
+        """Append one line to ``metrics.jsonl`` (nothing happens before `metrics` named a file)."""
+        if self._metrics:
+            self._metrics.write(json.dumps(fields) + "\n")
+            self._metrics.flush()
+
+    def __exit__(self, kind, error, traceback):
+        if self._metrics:
+            self._metrics.close()
+        if self._old_handler is not None:
+            signal.signal(signal.SIGINT, self._old_handler)
+        if self._joined and dist.is_initialized():
+            dist.destroy_process_group()
+        if kind is KeyboardInterrupt:
+            raise SystemExit(130) from None
+        if kind is not None and issubclass(kind, (ValueError, OSError)) and not os.environ.get("LLM_ROADMAP_TRACEBACK"):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
+        return False
+
+
+def _install(handler):
+    """Install a SIGINT handler where that is allowed (only the main thread may); returns the old one or None."""
+    try:
+        return signal.signal(signal.SIGINT, handler)
+    except ValueError:
+        return None

@@ -1,0 +1,1 @@
+"""Phase 1, foundation: from raw text to a pre-trained language model."""

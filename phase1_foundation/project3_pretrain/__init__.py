@@ -1,0 +1,1 @@
+"""Project 3: the decoder of every later project, and the loop that pre-trains it."""
