@@ -5,7 +5,9 @@ and the catalog imports lazily. A checkpoint stores names and arguments from her
 """
 
 import importlib
+import inspect
 import json
+import re
 
 # group -> short name -> "module:function". A transform is `f(model, **json_args) -> model`.
 GROUPS = {
@@ -22,6 +24,9 @@ GROUPS = {
         "minimal_gpt": "phase1_foundation.project3_pretrain.loading:build_minimal_gpt",
     },
 }
+
+
+_PYTHON = {"True": True, "False": False, "None": None}  # beside JSON's true, false and null
 
 
 def resolve(group, name):
@@ -43,14 +48,14 @@ def parse(text):
     """Split ``"int4:group_size=64,method=gptq"`` into ``("int4", {"group_size": 64, "method": "gptq"})``."""
     name, _, arguments = text.partition(":")
     options = {}
-    for part in filter(None, arguments.split(",")):
+    for part in filter(None, re.split(r",(?=\w+=|$)", arguments)):  # a comma inside a value, as in [1,2], stays
         key, equals, value = part.partition("=")
         if not equals or not key.isidentifier():
             raise ValueError(f"{text!r}: write options as name:key=value,key=value, not {part!r}")
         try:
             options[key] = json.loads(value)
         except json.JSONDecodeError:
-            options[key] = value  # a bare word is text
+            options[key] = _PYTHON.get(value, value)  # a bare word is text
     return name, options
 
 
@@ -73,8 +78,11 @@ def apply(model, uses):
         transform = resolve("transforms" if persistent else "runtime", name)
         recipe = list(getattr(model, "recipe", []))
         try:
-            model = transform(model, **options)
+            inspect.signature(transform).bind(model, **options)
         except TypeError as error:
-            raise ValueError(f"{name} does not take the options {options}: {error}") from error
+            raise ValueError(
+                f"{name} does not take the options {options} ({error}): it has {inspect.signature(transform)}"
+            ) from error
+        model = transform(model, **options)
         model.recipe = [*recipe, [name, options]] if persistent else recipe
     return model

@@ -6,9 +6,9 @@ disk, and renamed: whoever looks sees the old file or the new one, never half of
 """
 
 import contextlib
+import glob
 import os
-import pickle
-import zipfile
+import time
 from pathlib import Path
 
 import torch
@@ -25,6 +25,10 @@ def atomic_path(path):
     """Yield a temporary path; when the block ends well its file replaces `path` in one step, else it is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # left by a process that was killed
+        with contextlib.suppress(OSError):
+            if time.time() - stale.stat().st_mtime > 3600:
+                stale.unlink()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -75,13 +79,16 @@ def load(path, map_location="cpu"):
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}: train one first, or give another path")
-    try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise CheckpointError(
-            f"{path} is damaged or no checkpoint of this project ({_first_line(error)}): "
-            f"delete it, or use another one (the best and the last are kept side by side)"
-        ) from error
+    with open(path, "rb") as file:  # what the system refuses (permissions, say) is no damage and keeps its own error
+        try:
+            checkpoint = torch.load(file, map_location=map_location, weights_only=True)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # a damaged pickle can make its reader raise anything
+            raise CheckpointError(
+                f"{path} is damaged or no checkpoint of this project ({_first_line(error)}): "
+                f"use another one (the best and the last are kept side by side), and delete this one"
+            ) from error
     if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in REQUIRED):
         raise CheckpointError(f"{path} is a PyTorch file but no checkpoint of this project: it needs {REQUIRED}")
     return checkpoint

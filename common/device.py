@@ -24,6 +24,20 @@ def pick_device():
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def check_device(name):
+    """Turn the name of a device into a `torch.device`.
+
+    Raises:
+        ValueError: there is no such device here; the message says what there is.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"DEVICE={name!r} cannot be used here: use {pick_device()}") from error
+    return device
+
+
 def device_name(device):
     """A name for people: the GPU's own, or the processor's with the number of threads."""
     if torch.device(device).type == "cuda":

@@ -46,9 +46,9 @@ def launch(kernel):
 
 
 def relative_error(out, exact):
-    """‖out − exact‖ / ‖exact‖ in float64; infinite where `out` is not finite."""
+    """‖out − exact‖ / ‖exact‖ in float64; infinite where `out` is not finite or has another shape."""
     out, exact = out.detach().double().cpu(), exact.detach().double().cpu()
-    if not torch.isfinite(out).all():
+    if out.shape != exact.shape or not torch.isfinite(out).all():
         return float("inf")
     return float((out - exact).norm() / exact.norm().clamp_min(1e-30))
 
@@ -73,9 +73,12 @@ def fuzz(function, reference, draw, cases=20, seed=0, tolerance=1e-2):
         arguments = draw(torch.Generator().manual_seed(seed + case))
         exact = reference(*(a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments))
         out = function(*arguments)
-        pairs = zip(out, exact) if isinstance(out, tuple) else [(out, exact)]
+        pairs = zip(out, exact, strict=True) if isinstance(out, tuple) else [(out, exact)]
         error = max(relative_error(ours, theirs) for ours, theirs in pairs)
         shapes = [tuple(a.shape) for a in arguments if torch.is_tensor(a)]
-        assert error <= tolerance, f"case {case} (seed {seed + case}, shapes {shapes}): relative error {error:.2e}"
+        if not error <= tolerance:  # also when it is nan
+            raise AssertionError(
+                f"case {case} (seed {seed + case}, shapes {shapes}): relative error {error:.2e} > {tolerance:.0e}"
+            )
         worst = max(worst, error)
     return worst

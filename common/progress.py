@@ -12,7 +12,7 @@ _UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 def human(number):
     """1234567 -> '1.23M'."""
     for size, letter in _UNITS:
-        if abs(number) >= size:
+        if abs(number) >= 0.9995 * size:  # 999,900 rounds to 1M, not to 1e+03k
             return f"{number / size:.3g}{letter}"
     return f"{number:.3g}"
 

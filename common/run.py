@@ -5,6 +5,7 @@ writes ``metrics.jsonl``, turns the first Ctrl-C into a request to stop, and tur
 one line instead of a traceback.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from common import settings as settings_module
-from common.device import device_name, pick_device
+from common.device import check_device, device_name, pick_device
 
 
 class Run:
@@ -64,10 +65,11 @@ class Run:
     def _start(self):
         self.settings = settings_module.load(self.config, self.argv, self.sections, self.description)
         seed = getattr(self.settings, "SEED", 0)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries that use the global generator
-        torch.manual_seed(seed)
-        self.device = torch.device(getattr(self.settings, "DEVICE", None) or pick_device())
+        if seed is not None:  # SEED = None: every run differs
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries that use the global generator
+            torch.manual_seed(seed)
+        self.device = check_device(getattr(self.settings, "DEVICE", None) or pick_device())
         if self.world_size > 1:
             self._join()
         self._old_handler = _install(self._on_interrupt)
@@ -95,7 +97,8 @@ class Run:
         if self.stopping:
             raise KeyboardInterrupt
         self.stopping = True
-        self.print("\nStopping after this step (press Ctrl-C again to stop at once) ...")
+        if self.is_main:  # not print(): the signal may have come in the middle of one
+            os.write(2, b"\nStopping after this step (press Ctrl-C again to stop at once) ...\n")
 
     def print(self, *values, **options):
         """Print, once in a distributed run."""
@@ -105,6 +108,8 @@ class Run:
     def metrics(self, path):
         """Append what `log` gets to the JSON Lines file at `path`."""
         if self.is_main:
+            if self._metrics:
+                self._metrics.close()
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             self._metrics = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
 
@@ -116,7 +121,8 @@ class Run:
 
     def __exit__(self, kind, error, traceback):
         if self._metrics:
-            self._metrics.close()
+            with contextlib.suppress(OSError):  # every line was flushed when it was logged
+                self._metrics.close()
         if self._old_handler is not None:
             signal.signal(signal.SIGINT, self._old_handler)
         if self._joined and dist.is_initialized():
@@ -124,7 +130,7 @@ class Run:
         if kind is KeyboardInterrupt:
             raise SystemExit(130) from None
         if kind is not None and issubclass(kind, (ValueError, OSError)) and not os.environ.get("LLM_ROADMAP_TRACEBACK"):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {' '.join(str(error).splitlines()) or kind.__name__}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
         return False
 

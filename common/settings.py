@@ -12,15 +12,19 @@ result and returns a copy. The module itself is never changed, so two runs in on
 """
 
 import argparse
+import ast
+import copy
 import inspect
 import io
+import json
+import math
 import re
 import sys
 import tokenize
 import types
 import typing
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 _SECTION = re.compile(r"^#\s*==+\s*(.+?)\s*==+\s*$")
 
@@ -42,8 +46,8 @@ class Settings(types.SimpleNamespace):
     ``settings.N_EMBD`` reads a constant; ``settings.overrides`` names those that a flag changed.
     """
 
-    def __init__(self, values, overrides, constants):
-        super().__init__(**values)
+    def __init__(self, values=(), overrides=(), constants=()):
+        super().__init__(**dict(values))
         self.__dict__["overrides"] = frozenset(overrides)
         self.__dict__["constants"] = constants
 
@@ -56,48 +60,61 @@ def _plain(value):
     """Turn one value into what JSON can hold."""
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return value if isinstance(value, (int, float, str, bool, dict, type(None))) else str(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
 
 
 def constants_of(config):
     """All constants of a config module by name, those of its ``BASE_CONFIG`` first."""
     base = getattr(config, "BASE_CONFIG", None)
     found = constants_of(base) if base is not None else {}
-    comments, sections = _comments(Path(config.__file__).read_text(encoding="utf-8"))
     annotations = typing.get_type_hints(config)
-    for name, default in vars(config).items():
-        if not re.fullmatch(r"[A-Z][A-Z0-9_]*", name) or inspect.ismodule(default):
+    for name, (text, section) in _declared(Path(config.__file__).read_text(encoding="utf-8")).items():
+        if not re.fullmatch(r"[A-Z][A-Z0-9_]*", name) or name == "BASE_CONFIG" or not hasattr(config, name):
             continue
+        default, inherited = getattr(config, name), found.get(name)
         kind = annotations.get(name, type(default))
-        inherited = found.get(name)
-        text = comments.get(name) or (inherited.help if inherited else "")
-        section = sections.get(name) or (inherited.section if inherited else "Settings")
+        if name not in annotations and inherited and inherited.kind is not type(inherited.default):
+            kind = inherited.kind  # a new default keeps the annotation of the inherited constant
+        text = text or (inherited.help if inherited else "")
+        section = section or (inherited.section if inherited else "Settings")
         found[name] = Constant(name, default, kind, text, section)
     return found
 
 
-def _comments(source):
-    """Read the trailing comment and the section of every constant from the source text."""
-    comments, sections, section = {}, {}, None
-    name, first_of_line, depth = None, True, 0
+def _declared(source):
+    """The names that a module assigns itself (not those it imports): name -> (trailing comment, section or None)."""
+    comments, headings = {}, []  # line number -> text of the comment behind code; (line number, section)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             heading = _SECTION.match(token.string)
-            if heading and first_of_line:
-                section = heading[1]
-            elif name and not comments.get(name):
-                comments[name] = token.string.lstrip("# ").strip()
-        elif token.type == tokenize.NAME and first_of_line and depth == 0 and token.start[1] == 0:
-            name = token.string if token.string.isupper() else None
-            if name and section:
-                sections[name] = section
-        elif token.type == tokenize.OP:
-            depth += (token.string in "([{") - (token.string in ")]}")
-        if token.type == tokenize.NEWLINE:
-            name = None
-        layout = (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.COMMENT)
-        first_of_line = token.type in layout
-    return comments, sections
+            if token.line[: token.start[1]].strip():
+                comments[token.start[0]] = token.string.lstrip("# ").strip()
+            elif heading:
+                headings.append((token.start[0], heading[1]))
+    declared = {}
+    for statement in _assignments(ast.parse(source).body):
+        first, last = statement.lineno, statement.end_lineno
+        # The comment behind the end of the statement counts, else the first one inside it.
+        text = comments.get(last) or next((comments[line] for line in range(first, last) if line in comments), "")
+        section = next((name for line, name in reversed(headings) if line < first), None)
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        for name in (node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)):
+            known = declared.get(name, ("", None))  # the second branch of an if need not say it again
+            declared[name] = (known[0] or text, known[1] or section)
+    return declared
+
+
+def _assignments(statements):
+    """The assignments of a module, also those inside its if, else, try and except blocks."""
+    for statement in statements:
+        if isinstance(statement, (ast.Assign, ast.AnnAssign)):
+            yield statement
+        elif isinstance(statement, (ast.If, ast.Try)):
+            yield from _assignments([*statement.body, *statement.orelse])
+            for handler in getattr(statement, "handlers", []):
+                yield from _assignments(handler.body)
 
 
 def load(config, argv=None, sections=None, description=None):
@@ -115,6 +132,9 @@ def load(config, argv=None, sections=None, description=None):
         SystemExit: ``--help``, an unknown flag, or a value of the wrong type.
     """
     constants = constants_of(config)
+    known = {constant.section for constant in constants.values()}
+    if sections is not None and not set(sections) <= known:
+        raise ValueError(f"sections={tuple(sections)}: {config.__name__} has only {', '.join(sorted(known))}")
     parser = argparse.ArgumentParser(
         description=inspect.cleandoc(description) if description else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -126,7 +146,10 @@ def load(config, argv=None, sections=None, description=None):
             group = groups.setdefault(constant.section, parser.add_argument_group(constant.section.lower()))
             _add_flag(group, constant)
     given = vars(parser.parse_args(argv))
-    values = {name: given.get(name, constant.default) for name, constant in constants.items()}
+    values = {name: given.get(name, copy.deepcopy(constant.default)) for name, constant in constants.items()}
+    for name in given.keys() & constants.keys():
+        if isinstance(constants[name].default, tuple) and isinstance(values[name], list):
+            values[name] = tuple(values[name])
     settings = Settings(values, given.keys() & constants.keys(), constants)
     if hasattr(config, "validate_config"):
         config.validate_config(settings)
@@ -165,22 +188,29 @@ def _shape_of(constant):
         inner = typing.get_args(kind)
         first = constant.default[0] if constant.default else ""
         return (inner[0] if inner else type(first)), optional, True
-    if kind is type(None) or not isinstance(kind, type) or issubclass(kind, Path):
-        kind = str
+    if kind is type(None) or not isinstance(kind, type):
+        kind = typing.get_origin(kind) if typing.get_origin(kind) is dict else str
+    if issubclass(kind, PurePath):
+        kind = Path
     return kind, optional or constant.default is None, False
 
 
 def _reader(kind, optional):
-    """A function that turns the text of a flag into a value: 1e6 and 1_000_000 are integers, too."""
+    """A function that turns the text of a flag into a value: 1e6 is an integer, too; a dict is written as JSON."""
 
     def read(text):
         if optional and text.lower() in ("none", ""):
             return None
         if kind is int:
             number = float(text) if re.search(r"[.eE]", text) else int(text)
-            if number != int(number):
+            if not math.isfinite(number) or number != int(number):
                 raise ValueError(text)
             return int(number)
+        if kind is dict:
+            value = json.loads(text)
+            if not isinstance(value, dict):
+                raise ValueError(text)
+            return value
         return kind(text)
 
     read.__name__ = kind.__name__  # argparse names the type in its message
@@ -191,8 +221,8 @@ def print_config(settings):
     """Print every constant with its value, its meaning, and a ``*`` where a flag overrode the default."""
     constants = getattr(settings, "constants", None) or constants_of(settings)
     overrides = getattr(settings, "overrides", ())
-    section = None
-    for constant in sorted(constants.values(), key=lambda c: list(constants).index(c.name)):
+    section, order = None, list(dict.fromkeys(constant.section for constant in constants.values()))
+    for constant in sorted(constants.values(), key=lambda constant: order.index(constant.section)):
         if constant.section != section:
             section = constant.section
             print(f"{section}:")

@@ -1,0 +1,198 @@
+"""
+Hooks of the training loop
+
+This file implements what happens around a training step, following:
+- "PaLM: Scaling Language Modeling with Pathways" (Chowdhery et al., 2022) - reporting model FLOPs utilization
+- "Training Compute-Optimal Large Language Models" (Hoffmann et al., 2022) - judging a run by its held-out loss
+
+Each component is explained with paper references for educational purposes.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from common import checkpoint
+from common.checkpoint import atomic_write
+from common.device import peak_flops, peak_memory
+from common.plots import curves
+from common.progress import Reporter
+from phase1_foundation.project3_pretrain.trainer import flops_per_token
+
+
+class Progress:
+    """Print an aligned line and append to ``metrics.jsonl``: loss, gradient norm, tokens/s, MFU, remaining time."""
+
+    def __init__(self, run, total, start=0, every_s=1.0, block_size=1024):
+        self.run, self.block_size = run, block_size
+        self.reporter = Reporter(total, every_s=every_s, start=start, echo=run.print)
+
+    def __call__(self, state):
+        fields = {"loss": state.train_loss, "norm": state.grad_norm, "lr": state.lr_scale}
+        peak = peak_flops(self.run.device)
+        if peak and self.reporter.rate:
+            flops = flops_per_token(state.step.model, self.block_size) / state.step.world_size
+            fields["mfu"] = f"{self.reporter.rate * flops / peak:.1%}"
+        if not math.isnan(state.val_loss):
+            fields["val"] = state.val_loss
+        self.run.log(step=state.iter, train_loss=state.train_loss, grad_norm=state.grad_norm, lr_scale=state.lr_scale,
+                     tokens=state.tokens, tokens_per_s=self.reporter.rate)  # fmt: skip
+        self.reporter.report(state.iter, units=state.tokens, **fields)
+
+    def close(self, state):
+        """Say what memory the run took at its peak."""
+        if memory := peak_memory(self.run.device):
+            self.run.print(f"peak memory {memory / 2**30:.2f} GiB")
+
+
+class Evaluate:
+    """
+    Validation loss at regular steps
+
+    PAPER: arXiv:2203.15556 (Hoffmann et al.), section 3: models are compared by held-out loss.
+    PAPER CONTEXT: the training loss of a model that sees data twice flatters it; a held-out set does not.
+    INTUITION: stop, read something new, carry on.
+    IMPLEMENTATION: calls ``measure() -> nats per token`` every `every` steps and at the end, and sets ``state.val_loss``.
+    WHY: the best checkpoint is chosen by it, and curves of two recipes are compared by it.
+    """
+
+    def __init__(self, measure, every, run):
+        self.measure, self.every, self.run = measure, every, run
+
+    def __call__(self, state):
+        if state.iter % self.every == 0 or state.iter == state.total:
+            state.step.model.eval()
+            state.val_loss = self.measure()
+            self.run.log(step=state.iter, val_loss=state.val_loss)
+            self.run.print(f"step {state.iter}/{state.total}  validation loss {state.val_loss:.4f} nats a token")
+
+
+class Checkpoint:
+    """Write ``last.pt`` regularly and at the end, ``best.pt`` whenever the validation loss is the lowest so far.
+
+    Args:
+        folder: where to; only the first rank writes.
+        describe: ``describe() -> dict`` with config, tokenizer and whatever else the checkpoint should hold.
+        every: steps between two writes of ``last.pt``.
+        best: the lowest validation loss so far (after a resume).
+    """
+
+    def __init__(self, folder, describe, every, best=math.inf):
+        self.folder, self.describe, self.every, self.best = Path(folder), describe, every, best
+        self.written = None
+
+    def __call__(self, state):
+        better = state.val_loss < self.best
+        if better:
+            self.best = state.val_loss
+            self.write(state, "best.pt")
+        if state.iter % self.every == 0 or state.iter == state.total or state.stop:
+            self.write(state, "last.pt")
+            self.written = state.iter
+
+    def write(self, state, name):
+        """Write one file, atomically."""
+        if dist.is_initialized() and dist.get_rank():
+            return
+        model = state.step.model
+        content = {
+            "iter": state.iter,
+            "model_state_dict": model.state_dict(),
+            "optimizer_state_dict": state.step.state_dict(),
+            "train_loss": state.train_loss,
+            "val_loss": state.val_loss,
+            "best_val_loss": self.best,
+            "recipe": list(model.recipe),
+            "rng_state": torch.get_rng_state(),
+            **self.describe(),
+            **state.extra,
+        }
+        checkpoint.save(self.folder / name, content)
+
+
+class StopOnRequest:
+    """End the run after the step in which Ctrl-C was pressed (on any rank); put it before `Checkpoint`."""
+
+    def __init__(self, run):
+        self.run = run
+
+    def __call__(self, state):
+        state.stop = state.step.sum_over_ranks(float(self.run.stopping)) > 0
+
+
+class ExponentialAverage:
+    """
+    Exponential moving average of the weights (EMA)
+
+    PAPER: arXiv:1412.6980 (Adam), section 7.2, temporal averaging.
+    PAPER CONTEXT: the last iterate is noisy; averaging the parameters over the run generalises better.
+    INTUITION: the weights bounce around the floor of a valley, and their average lies near the floor.
+    IMPLEMENTATION: after each step average <- decay * average + (1 - decay) * weights, in float32; the average is
+        kept in the checkpoint under ``ema`` and swapped in by `applied`.
+    WHY: most useful while the learning rate is high; a decay to zero does much the same, so it is off by default.
+    """
+
+    def __init__(self, model, decay):
+        self.model, self.decay = model, decay
+        self.average = {name: p.detach().clone().float() for name, p in model.named_parameters()}
+
+    def __call__(self, state):
+        for name, parameter in self.model.named_parameters():
+            self.average[name].lerp_(parameter.detach().float(), 1 - self.decay)
+        state.extra["ema"] = self.average
+
+    def swap(self):
+        """Exchange the model's weights and their average; a second call changes them back."""
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                held = parameter.detach().clone().float()
+                parameter.copy_(self.average[name])
+                self.average[name] = held
+
+
+class Sample:
+    """Print what the model writes, every `every` steps: ``write() -> str``."""
+
+    def __init__(self, write, every, run):
+        self.write, self.every, self.run = write, every, run
+
+    def __call__(self, state):
+        if self.every and state.iter % self.every == 0 and self.run.is_main:
+            state.step.model.eval()
+            self.run.print(f"--- sample at step {state.iter}\n{self.write()}\n---")
+
+
+def read_metrics(path, before=None):
+    """Read ``metrics.jsonl``: a list of dicts; a torn last line (after a crash) and steps past `before` are dropped."""
+    lines = []
+    if Path(path).exists():
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the process died while it wrote this line
+            if before is None or entry["step"] <= before:
+                lines.append(entry)
+    return lines
+
+
+def rewind_metrics(path, step):
+    """Forget what was logged after `step`: a resumed run logs it again."""
+    kept = read_metrics(path, before=step)
+    if Path(path).exists():
+        atomic_write(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+
+
+def plot_metrics(path, picture, title):
+    """Draw the loss curves of a ``metrics.jsonl`` to a PNG."""
+    entries = read_metrics(path)
+    series = {}
+    for name, key in (("training", "train_loss"), ("validation", "val_loss")):
+        points = [(entry["step"], entry[key]) for entry in entries if key in entry]
+        if points:
+            series[name] = tuple(zip(*points))
+    if series:
+        curves(picture, series, "step", "loss (nats a token)", title)

@@ -1,0 +1,236 @@
+"""
+The training loop
+
+This file implements the one loop of the roadmap, for every later training stage, following:
+- "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019) - next-token prediction
+- "PaLM: Scaling Language Modeling with Pathways" (Chowdhery et al., 2022) - model FLOPs utilization
+
+Each component is explained with paper references for educational purposes.
+"""
+
+import contextlib
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+
+class DivergedError(ValueError):
+    """The loss or the gradient is no longer a number; the weights were left as they were before the step."""
+
+
+class NextToken:
+    """
+    Next-token prediction, as a sum
+
+    PAPER: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), section 2, equation 1.
+    PAPER CONTEXT: a language model factorises a text's probability into one conditional per token.
+    INTUITION: at every position, pay the negative log of the probability that was given to what really came next.
+    IMPLEMENTATION: the model gives the loss per token; this returns the sum over the batch and, separately, says how
+        many tokens count. The trainer divides by the count over all micro batches and ranks.
+    WHY: a mean of means weighs micro batches with unequal masks wrongly; a sum over a count cannot.
+    """
+
+    def count(self, batch):
+        """How many targets of a batch (tokens, targets) count; known before the forward."""
+        return int((batch[1] != -100).sum())
+
+    def __call__(self, model, batch):
+        """The summed loss of a batch, in nats: a 0-d float32 tensor."""
+        tokens, targets = batch
+        return model(tokens, targets=targets).sum() + model.auxiliary_losses() * tokens.numel()
+
+
+class Step:
+    """
+    One optimizer step: everything that precision and parallelism may replace
+
+    PAPER: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019): large batches of tokens.
+    PAPER CONTEXT: a batch of half a million tokens does not fit one forward; gradients of micro batches add up.
+    INTUITION: walk through the micro batches, collect the gradient of the whole group, then move once.
+    IMPLEMENTATION: `backward` sees the whole group (pipeline schedules need that) and divides each summed loss by the
+        count over all micros and ranks, so gradients simply add; `update` sums them over ranks, clips and moves.
+    WHY: mixed precision, pipelines and CUDA graphs subclass this and leave `fit` alone.
+
+    Args:
+        model: takes (tokens, targets=...); already on its device.
+        objective: has ``count(batch)`` and ``objective(model, batch)`` as `NextToken`.
+        optimizer: an `OptimizerSet`.
+        clip: largest norm of the gradient (None: no clipping).
+        dtype: autocast's type, ``torch.bfloat16`` on a GPU; None computes in the weights' own type.
+    """
+
+    def __init__(self, model, objective, optimizer, clip=1.0, dtype=None):
+        self.model, self.objective, self.optimizer = model, objective, optimizer
+        self.clip, self.dtype = clip, dtype
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.device = self.parameters[0].device
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+
+    def autocast(self):
+        """The context in which forwards run."""
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def backward(self, micros, denominator):
+        """Accumulate the gradient of a whole group of micro batches.
+
+        Args:
+            micros: batches (tuples of CPU tensors) of this rank.
+            denominator: how many tokens count, over all micros and ranks.
+
+        Returns:
+            This rank's summed loss over `denominator`: a 0-d tensor on the device.
+        """
+        self.model.train()
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=self.device)
+        for micro in micros:
+            batch = self.to_device(micro)
+            with self.autocast():
+                loss = self.objective(self.model, batch) / denominator
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def to_device(self, micro):
+        """Move a batch to the device; the copy overlaps with computation."""
+        if self.device.type != "cuda":
+            return tuple(tensor.to(self.device) for tensor in micro)
+        return tuple(tensor.pin_memory().to(self.device, non_blocking=True) for tensor in micro)
+
+    def update(self, lr_scale):
+        """Sum the gradient over ranks, clip it, and let the optimizer move.
+
+        Returns:
+            The norm of the gradient before clipping.
+
+        Raises:
+            DivergedError: the gradient is not finite; nothing was moved.
+        """
+        self.reduce_gradients()
+        limit = self.clip if self.clip else float("inf")
+        norm = float(torch.nn.utils.get_total_norm(p.grad for p in self.parameters if p.grad is not None))
+        if not math.isfinite(norm):
+            raise DivergedError(f"the gradient's norm became {norm}")
+        if norm > limit:
+            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], limit / (norm + 1e-6))
+        self.optimizer.set_lr_scale(lr_scale)
+        self.optimizer.step()
+        return norm
+
+    def reduce_gradients(self):
+        """Add up the gradients of all ranks: one message, since one large one is faster than many small ones."""
+        if self.world_size == 1:
+            return
+        grads = [p.grad for p in self.parameters]
+        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        dist.all_reduce(flat)
+        torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(flat.split([g.numel() for g in grads]), grads)])
+
+    def sum_over_ranks(self, number):
+        """Add up a number of all ranks."""
+        if self.world_size == 1:
+            return number
+        tensor = torch.tensor(float(number), dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return float(tensor)
+
+    def state_dict(self):
+        """What a checkpoint needs besides the model: the optimizer's state."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state):
+        """Continue from `state_dict`."""
+        self.optimizer.load_state_dict(state)
+
+
+@dataclass
+class TrainState:
+    """What hooks see after each step; they may set `val_loss` and `stop`."""
+
+    step: Step
+    total: int  # steps of the whole run
+    iter: int = 0  # steps finished
+    tokens: int = 0  # tokens that counted in the last step
+    train_loss: float = math.nan  # nats per token of the last step
+    val_loss: float = math.nan  # the latest evaluation
+    grad_norm: float = math.nan
+    lr_scale: float = 0.0
+    stop: bool = False
+    extra: dict = field(default_factory=dict)  # hooks' own additions to the checkpoint
+
+
+def fit(step, batches, schedule, hooks=(), start=0, seed=0, state=None):
+    """
+    The one training loop
+
+    PAPER: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), section 2.
+    PAPER CONTEXT: the papers differ in data, objective and precision; the loop around them is always this one.
+    INTUITION: fetch, count, backward, update, tell the hooks.
+    IMPLEMENTATION: `batches[i]` and the seed of step i are pure functions of (seed, i, rank), so resuming is starting
+        at another i. Everything that is not the step itself (progress, evaluation, checkpoints) is a hook.
+    WHY: pre-training, fine-tuning, preference and distillation runs share it and differ only in their arguments.
+
+    Args:
+        step: a `Step`.
+        batches: ``batches[i]`` is the list of micro batches of step i on this rank.
+        schedule: ``schedule[i]`` is the learning-rate multiplier of step i; its length is the run's.
+        hooks: called with the `TrainState` after each step, in order; ``close(state)`` is called at the end.
+        start: steps already done.
+
+    Returns:
+        The final `TrainState`.
+
+    Raises:
+        DivergedError: loss or gradient is not a number.
+    """
+    state = state or TrainState(step, len(schedule), start)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    try:
+        for i in range(start, len(schedule)):
+            micros = batches[i]
+            torch.manual_seed(hash((seed, i, rank)) % 2**63)  # dropout: a function of (seed, step, rank)
+            state.tokens = int(step.sum_over_ranks(sum(step.objective.count(micro) for micro in micros)))
+            loss = step.backward(micros, state.tokens)
+            state.lr_scale = schedule[i]
+            try:
+                state.grad_norm = step.update(state.lr_scale)
+                state.train_loss = step.sum_over_ranks(float(loss))
+                if not math.isfinite(state.train_loss):
+                    raise DivergedError(f"the loss became {state.train_loss}")
+            except DivergedError as error:
+                raise DivergedError(
+                    f"training diverged at step {i + 1}: {error}. The last good checkpoint was kept. "
+                    f"Resume with a lower learning rate or a longer warm-up."
+                ) from error
+            state.iter = i + 1
+            for hook in hooks:
+                hook(state)
+            if state.stop:
+                break
+    finally:
+        for hook in hooks:
+            if hasattr(hook, "close"):
+                hook.close(state)
+    return state
+
+
+def flops_per_token(model, length):
+    """
+    Training FLOPs of one token, for MFU
+
+    PAPER: arXiv:2204.02311 (PaLM), appendix B.
+    PAPER CONTEXT: MFU counts the operations the model needs, not what recomputation adds.
+    INTUITION: every matrix weight multiplies and adds once forward and twice backward: 6 per token.
+    IMPLEMENTATION: 6 N + 12 L H D T, with N the weights of all matrix products (a tied head counts once; position
+        tables and norms do not count) and attention counted in full, not halved for causality, as the paper does.
+    WHY: utilization = tokens/s * this / peak FLOP/s compares runs of different models and machines.
+    """
+    # walking over the list counts a shared block as often as it runs
+    products = sum(p.numel() for block in model.blocks for p in block.parameters() if p.ndim == 2)
+    head = model.config.vocab_size * model.config.n_embd  # the head multiplies, tied or not
+    attention = sum(12 * spec.n_head * spec.head_size * min(length, spec.window or length) for spec in model.specs)
+    return 6 * (products + head) + attention
