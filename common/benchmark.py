@@ -78,7 +78,7 @@ class Report:
 
     def __init__(self, project, title, device=None, folder=None):
         self.project, self.title, self.device = project, title, device or pick_device()
-        self.folder = Path(folder or RESULTS)
+        self.folder, self.slug = Path(folder or RESULTS), device_slug(self.device)
         self.rows, self.checks, self.curves = [], [], {}
 
     def row(
@@ -140,7 +140,7 @@ class Report:
         print("\n".join(_table(result, plain=True)))
         for check in self.checks:
             print(f"{'ok  ' if check['ok'] else 'FAIL'}  {check['name']}  {check['detail']}".rstrip())
-        path = self.folder / f"{self.project}.{device_slug(self.device)}.json"
+        path = self.folder / f"{self.project}.{self.slug}.json"
         atomic_write(path, json.dumps(result, indent=1, ensure_ascii=False, default=float) + "\n")
         print(f"\nwrote {path}")
         if self.folder == RESULTS:

@@ -17,6 +17,7 @@ GROUPS = {
     "runtime": {
         "checkpointing": "phase1_foundation.project3_pretrain.checkpointing:checkpoint_activations",
         "chunked_loss": "phase1_foundation.project3_pretrain.head:use_chunked_loss",
+        "fused_loss": "phase1_foundation.project3_pretrain.fused_loss:use_fused_loss",
         "cudnn": "phase1_foundation.project3_pretrain.plans:use_cudnn_attention",
     },
     "architectures": {

@@ -155,7 +155,7 @@ def download_text(path, *, dataset, subset=None, split="train", column="text", m
 
 
 class _Download:
-    """One download into ``path.part``; ``path.part.json`` notes how much of it is sure, and where the stream was then."""
+    """One download into ``path.part``; ``path.part.json`` notes how much of it is sure and where the stream was."""
 
     def __init__(self, path, request, reader):
         self.path, self.request, self.reader = path, request, reader
@@ -168,7 +168,7 @@ class _Download:
         """Go back to what the note vouches for."""
         self.documents, self.bytes, self.position = 0, 0, None  # of the stream, in the file, the stream's own place
         note = _read_json(self.note)
-        if note and note["request"] == self.request and _size(self.part) >= note["bytes"]:
+        if note and note.get("request") == self.request and _size(self.part) >= note["bytes"]:
             self.documents, self.bytes, self.position = note["documents"], note["bytes"], note["position"]
 
     def run(self):
@@ -195,10 +195,11 @@ class _Download:
     def _read(self):
         """Append documents until the file has `max_bytes` or the dataset ends."""
         left = self.request["max_bytes"] - self.bytes
-        with _open_part(self.part, self.bytes) as file, _in_thread(self._documents()) as documents:
+        reading = _in_thread(self._documents())
+        with _explained(self.part), _open_part(self.part, self.bytes) as file, reading as documents:
             for document, position in track(documents, left, self.path.name, "B", size=self._size):
                 line = _line(document, self.path)
-                _write(file, line)
+                file.write(line)
                 self.documents, self.bytes = self.documents + 1, self.bytes + len(line)
                 if position is not None:
                     self._save(file, position)
@@ -235,7 +236,7 @@ class _Download:
             for number, document in enumerate(documents):
                 if number < skip:
                     continue
-                unsaved += len(document)
+                unsaved += len(document) if isinstance(document, str) else len(str(document))
                 position = None
                 if unsaved >= SAVE_BYTES:
                     unsaved, position = 0, {} if self.reader else stream.state_dict()
@@ -272,14 +273,15 @@ def _open_part(part, size):
     return file
 
 
-def _write(file, line):
-    """Write a line, or say what a full disk means here."""
+@contextlib.contextmanager
+def _explained(path):
+    """Say what a full disk means here."""
     try:
-        file.write(line)
+        yield
     except OSError as error:
         raise OSError(
-            f"could not write {file.name} ({error.strerror or error}): free some space and run the same command "
-            f"again, it continues where it stopped"
+            f"could not write {path} ({error.strerror or error}): free some space and run the same command again, "
+            f"a download continues where it stopped"
         ) from error
 
 
@@ -370,10 +372,11 @@ def _write_fallback(path, fallback, max_bytes, request):
     try:
         with contextlib.ExitStack() as files:
             source = files.enter_context(open_text(fallback)) if raw else read_documents(fallback)
+            files.enter_context(_explained(path))
             file = files.enter_context(open(temporary, "wb"))
             for document in source:
                 line = document.encode() if raw else _line(document, path)
-                _write(file, line)
+                file.write(line)
                 size, documents = size + len(line), documents + 1
                 if size >= max_bytes:
                     break
@@ -381,9 +384,7 @@ def _write_fallback(path, fallback, max_bytes, request):
     finally:
         temporary.unlink(missing_ok=True)
     _write_json(_note_path(path), {"request": request, "origin": "fallback", "bytes": size})
-    print(
-        f"Wrote the bundled sample {Path(fallback).name} instead: {size / 1e6:.1f} MB, {documents:,} documents, to {path}"
-    )
+    print(f"Wrote the bundled {Path(fallback).name} to {path} instead ({size / 1e6:.1f} MB, {documents:,} documents)")
 
 
 def _note_path(path):
@@ -399,9 +400,10 @@ def _size(path):
 def _read_json(path):
     """What a JSON file holds, or None."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return value if isinstance(value, dict) else None
 
 
 def _write_json(path, value):

@@ -27,7 +27,7 @@ def example(step=1):
         "val_loss": 2.75,
         "config": {"kind": "minimal_gpt", "model": {"n_embd": 25}},
         "tokenizer": {"kind": "char", "chars": "ab\n\0é"},
-        "rng_state": torch.get_rng_state(),
+        "rng_state": generator.get_state(),
     }
 
 
@@ -88,11 +88,10 @@ def test_damaged_pickle_never_shows_another_error(tmp_path):
         for _ in range(draw.randrange(1, 5)):
             damaged[start + draw.randrange(600)] = draw.randrange(256)
         path.write_bytes(damaged)
-        try:
+        with contextlib.suppress(checkpoint.CheckpointError):  # and no other error
             checkpoint.load(path)  # a changed letter in a text cannot be noticed
-        except checkpoint.CheckpointError as error:
-            assert "model.pt" in str(error)
-            refused += 1
+            refused -= 1
+        refused += 1
     assert refused > 100
 
 
@@ -236,9 +235,13 @@ def test_atomic_write_takes_bytes_and_text(tmp_path):
 
 
 def test_an_error_inside_atomic_path_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError, match="midway"), checkpoint.atomic_path(tmp_path / "x") as temporary:
-        temporary.write_bytes(b"half")
-        raise RuntimeError("midway")
+    def write():
+        with checkpoint.atomic_path(tmp_path / "x") as temporary:
+            temporary.write_bytes(b"half")
+            raise RuntimeError("midway")
+
+    with pytest.raises(RuntimeError, match="midway"):
+        write()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -199,7 +199,9 @@ def test_settings_survive_copy_and_pickle(config):
 
 
 def test_base_config_is_inherited_and_own_constants_win(tmp_path, config):
-    source = "from common.test_settings import BASE as BASE_CONFIG\n# == Tuning ==\nTOP_K = 10\nRANK = 8  # of the update\n"
+    source = (
+        "from common.test_settings import BASE as BASE_CONFIG\n# == Tuning ==\nTOP_K = 10\nRANK = 8  # of the update\n"
+    )
     source += "DROPOUT = 0.5  # another text\n"
     globals()["BASE"] = config
     child = make_config(tmp_path, source, "child_config")

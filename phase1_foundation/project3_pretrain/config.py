@@ -98,7 +98,13 @@ def validate_config(settings=None):
     for name in ("LEARNING_RATE", "MAX_STEPS", "BLOCK_SIZE", "EVAL_EVERY", "EVAL_TOKENS", "SAVE_EVERY"):
         if getattr(s, name) <= 0:
             raise ValueError(f"{name}={getattr(s, name)} must be positive")
-    for name, low, high in (("DROPOUT", 0, 1), ("VAL_FRACTION", 0, 0.5), ("EMA", 0, 1), ("BETA1", 0, 1), ("BETA2", 0, 1)):
+    for name, low, high in (
+        ("DROPOUT", 0, 1),
+        ("VAL_FRACTION", 0, 0.5),
+        ("EMA", 0, 1),
+        ("BETA1", 0, 1),
+        ("BETA2", 0, 1),
+    ):
         if not low <= getattr(s, name) < high:
             raise ValueError(f"{name}={getattr(s, name)} must be at least {low} and below {high}")
 

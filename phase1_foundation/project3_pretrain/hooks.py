@@ -31,6 +31,7 @@ class Progress:
         self.reporter = Reporter(total, every_s=every_s, start=start, echo=run.print)
 
     def __call__(self, state):
+        """Log the step, print it when it is time."""
         fields = {"loss": state.train_loss, "norm": state.grad_norm, "lr": state.lr_scale}
         peak = peak_flops(self.run.device)
         if peak and self.reporter.rate:
@@ -55,7 +56,7 @@ class Evaluate:
     PAPER: arXiv:2203.15556 (Hoffmann et al.), section 3: models are compared by held-out loss.
     PAPER CONTEXT: the training loss of a model that sees data twice flatters it; a held-out set does not.
     INTUITION: stop, read something new, carry on.
-    IMPLEMENTATION: calls ``measure() -> nats per token`` every `every` steps and at the end, and sets ``state.val_loss``.
+    IMPLEMENTATION: sets ``state.val_loss`` to ``measure()``, in nats per token, every `every` steps and at the end.
     WHY: the best checkpoint is chosen by it, and curves of two recipes are compared by it.
     """
 
@@ -63,6 +64,7 @@ class Evaluate:
         self.measure, self.every, self.run = measure, every, run
 
     def __call__(self, state):
+        """Evaluate when it is time."""
         if state.iter % self.every == 0 or state.iter == state.total:
             state.step.model.eval()
             state.val_loss = self.measure()
@@ -85,6 +87,7 @@ class Checkpoint:
         self.written = None
 
     def __call__(self, state):
+        """Write what is due."""
         better = state.val_loss < self.best
         if better:
             self.best = state.val_loss
@@ -120,6 +123,7 @@ class StopOnRequest:
         self.run = run
 
     def __call__(self, state):
+        """Set ``state.stop`` on all ranks at once."""
         state.stop = state.step.sum_over_ranks(float(self.run.stopping)) > 0
 
 
@@ -140,6 +144,7 @@ class ExponentialAverage:
         self.average = {name: p.detach().clone().float() for name, p in model.named_parameters()}
 
     def __call__(self, state):
+        """Move the average."""
         for name, parameter in self.model.named_parameters():
             self.average[name].lerp_(parameter.detach().float(), 1 - self.decay)
         state.extra["ema"] = self.average
@@ -160,6 +165,7 @@ class Sample:
         self.write, self.every, self.run = write, every, run
 
     def __call__(self, state):
+        """Print a sample when it is time."""
         if self.every and state.iter % self.every == 0 and self.run.is_main:
             state.step.model.eval()
             self.run.print(f"--- sample at step {state.iter}\n{self.write()}\n---")

@@ -100,7 +100,7 @@ class Transformer(nn.Module):
     def initialise(self) -> None:
         """Draw the weights of all linear layers and embeddings.
 
-        PAPER: "Language Models are Unsupervised Multitask Learners" (GPT-2), section 2.3; N(0, 0.02): GPT-1, section 4.1.
+        PAPER: "Language Models are Unsupervised Multitask Learners" (GPT-2), section 2.3; GPT-1, 4.1 (N(0, 0.02)).
         PAPER CONTEXT: the weights of residual layers are scaled by 1 / sqrt(N) at initialisation, N their number.
         INTUITION: N independent additions grow the variance of the stream N-fold; 1 / sqrt(N) each keeps it level.
         IMPLEMENTATION: N = 2 L: what ends in `o_proj` or `down_proj` adds to the stream; biases 0. Modules that hold

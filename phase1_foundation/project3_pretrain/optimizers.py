@@ -89,7 +89,7 @@ class Muon(Optimizer):
     Momentum, orthogonalised: for hidden matrices
 
     PAPER: Muon post (Jordan et al., 2024); arXiv:2502.16982 (Liu et al., 2025), equation 4.
-    PAPER CONTEXT: Liu et al. report about twice AdamW's compute efficiency at scale once decay and update scale are set.
+    PAPER CONTEXT: with decay and update scale set, Liu et al. report about twice AdamW's compute efficiency.
     INTUITION: Adam rescales coordinates one by one; Muon rescales whole directions of a matrix.
     IMPLEMENTATION: Nesterov momentum, `orthogonalize`, then a step of 0.2 sqrt(max(rows, columns)) * lr, which has the
         root-mean-square size of an AdamW step, so both share learning rate and decay. Equal shapes are stacked.

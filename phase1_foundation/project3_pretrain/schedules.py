@@ -2,7 +2,7 @@
 Learning-rate schedules
 
 This file implements the two schedules of modern pre-training following:
-- "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019) - the GPT line: linear warm-up, then cosine
+- "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019) - GPT: linear warm-up, then cosine
 - "MiniCPM: Unveiling the Potential of Small Language Models with Scalable Training Strategies" (Hu et al., 2024) -
   warm-up, stable, decay (WSD)
 

@@ -127,7 +127,8 @@ def test_a_nan_stops_before_the_weights_are_touched(tmp_path):
 def test_best_follows_the_validation_loss_and_last_the_steps(tmp_path):
     losses = iter([3.0, 2.0, 2.5, 2.4])
     run = SimpleNamespace(log=lambda **f: None, print=lambda *a, **k: None)
-    hooks = [Evaluate(lambda: next(losses), 2, run), Checkpoint(tmp_path, lambda: {"tokenizer": {"kind": "x"}}, every=3)]
+    describe = lambda: {"tokenizer": {"kind": "x"}}  # noqa: E731
+    hooks = [Evaluate(lambda: next(losses), 2, run), Checkpoint(tmp_path, describe, every=3)]
     fit(_step(), Batches(), cosine(8, 2), hooks)
     best, last = (checkpoint.load(tmp_path / name) for name in ("best.pt", "last.pt"))
     assert (best["iter"], best["val_loss"]) == (4, 2.0)

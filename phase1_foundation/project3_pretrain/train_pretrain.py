@@ -8,7 +8,6 @@ Tokenises the text first if that has not been done, resumes from checkpoints/pro
 leaves best.pt, last.pt, metrics.jsonl and curves.png behind.
 """
 
-import dataclasses
 import os
 from pathlib import Path
 
@@ -88,7 +87,9 @@ def load_data(run):
     if run.world_size > 1:
         dist.barrier()
     tokenizer = prepare(s, only_load_tokenizer=True)
-    sets = [TokenDataset(Path(s.DATA_DIR) / name, s.BLOCK_SIZE, tokenizer.fingerprint) for name in ("train.bin", "val.bin")]
+    sets = [
+        TokenDataset(Path(s.DATA_DIR) / name, s.BLOCK_SIZE, tokenizer.fingerprint) for name in ("train.bin", "val.bin")
+    ]
     return tokenizer, *sets
 
 
@@ -97,8 +98,7 @@ def build_model(s, tokenizer):
     if s.CHECKPOINT:
         return load(s.CHECKPOINT)[0]
     vocab_size = -(-tokenizer.vocab_size // 64) * 64  # a multiple of 64 keeps the head's product on fast tiles
-    shape = dataclasses.replace(PRESETS[s.MODEL], vocab_size=vocab_size, block_size=s.BLOCK_SIZE, dropout=s.DROPOUT)
-    return Transformer(shape)
+    return Transformer(PRESETS[s.MODEL](vocab_size=vocab_size, block_size=s.BLOCK_SIZE, dropout=s.DROPOUT))
 
 
 def build_step(run, model):

@@ -128,7 +128,9 @@ class Step:
         grads = [p.grad for p in self.parameters]
         flat = torch.cat([grad.reshape(-1) for grad in grads])
         dist.all_reduce(flat)
-        torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(flat.split([g.numel() for g in grads]), grads)])
+        torch._foreach_copy_(
+            grads, [part.view_as(grad) for part, grad in zip(flat.split([g.numel() for g in grads]), grads)]
+        )
 
     def sum_over_ranks(self, number):
         """Add up a number of all ranks."""

@@ -1,0 +1,40 @@
+"""Tests of the pipeline: what is skipped, what runs again, and what a crash leaves."""
+
+import pytest
+
+from common.stages import Stages
+
+
+def _run(tmp_path, calls, settings=1, fail=False):
+    stages = Stages(tmp_path / "stages.json", echo=lambda *a: None)
+
+    def action(fresh):
+        calls.append(fresh)
+        if fail:
+            raise OSError("disk full")
+        (tmp_path / "out").write_text("x")
+
+    return stages.run("copy", action, files=[tmp_path / "in"], settings=settings, outputs=[tmp_path / "out"])
+
+
+def test_a_stage_runs_once_and_again_when_something_changed(tmp_path):
+    calls = []
+    (tmp_path / "in").write_text("a")
+    assert _run(tmp_path, calls)
+    assert not _run(tmp_path, calls)
+    (tmp_path / "in").write_text("b")
+    assert _run(tmp_path, calls)
+    assert _run(tmp_path, calls, settings=2)
+    (tmp_path / "out").unlink()
+    assert _run(tmp_path, calls, settings=2)
+    assert calls == [True, True, True, False]  # only the last one may build on what was left
+
+
+def test_a_stage_that_failed_runs_again_and_may_continue(tmp_path):
+    calls = []
+    (tmp_path / "in").write_text("a")
+    (tmp_path / "out").write_text("half")
+    with pytest.raises(OSError, match="disk full"):
+        _run(tmp_path, calls, fail=True)
+    assert _run(tmp_path, calls)
+    assert calls == [True, False]

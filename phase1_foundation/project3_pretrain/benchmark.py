@@ -1,0 +1,297 @@
+"""Measure pre-training: tokens per second step by step, MFU, and the recipe against nanoGPT's settings.
+
+    uv run python phase1_foundation/project3_pretrain/benchmark.py
+    uv run python phase1_foundation/project3_pretrain/benchmark.py --nanogpt ~/nanoGPT --quality_steps 600
+
+Speed: GPT-2 124M shapes at context 1024 on a GPU, a small shape on a CPU, in turn with the same shape in `transformers`
+and, where a checkout is given, nanoGPT. Quality: two runs of train_pretrain.py on the same tokens; a finished run is
+used as it is, so both can be trained beforehand.
+"""
+
+import importlib.util
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from common import CHECKPOINTS, ROOT, catalog
+from common.benchmark import Report, measure
+from common.device import peak_flops
+from common.kernels import relative_error
+from common.plots import curves
+from common.run import Run
+from phase1_foundation.project3_pretrain import benchmark_config, train_pretrain
+from phase1_foundation.project3_pretrain.fused_loss import fused_nll
+from phase1_foundation.project3_pretrain.head import plain_nll
+from phase1_foundation.project3_pretrain.hooks import read_metrics
+from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
+from phase1_foundation.project3_pretrain.optimizers import build_optimizer
+from phase1_foundation.project3_pretrain.trainer import NextToken, Step, flops_per_token
+
+HERE = Path(__file__).parent
+TRAIN = Path(train_pretrain.__file__)
+NO_BIAS = {"qkv_bias": False, "out_bias": False, "mlp_bias": False, "norm_bias": False}
+# name -> (changes of the shape, transforms, residual stream in float32, compiled): each line adds one thing
+LADDER = {
+    "eager": ({}, [], True, False),
+    "+ torch.compile": ({}, [], True, True),
+    "+ residual stream in bf16": ({}, ["cudnn"], False, True),
+    "+ no biases (as nanoGPT)": (NO_BIAS, ["cudnn"], False, True),
+    "+ fused loss": (NO_BIAS, ["cudnn", "fused_loss"], False, True),
+}
+
+
+def main(argv=None):
+    """Run all parts that this device can run and write the results."""
+    with Run(benchmark_config, argv, description=__doc__) as run:
+        report = Report("project3_pretrain", "Pre-training", run.device)
+        gpu = run.device.type == "cuda"
+        (measure_gpu if gpu else measure_cpu)(report, run.settings, run.device)
+        check_fused_loss(report, run.device)
+        if gpu:
+            check_resume(report)
+            check_ranks(report)
+        compare_recipes(report, run.settings)
+        report.finish()
+
+
+class Ours:
+    """One optimizer step of our trainer, over `micros` micro batches of random tokens."""
+
+    def __init__(self, config, uses, float32_stream, compiled, device, micro, micros):
+        torch.manual_seed(0)
+        self.model = catalog.apply(Transformer(config), uses).to(device)
+        if float32_stream:
+            self.model.use_stream(lambda x: torch.float32)
+        optimizer = build_optimizer(self.model, "adamw", 6e-4, 0.1)
+        dtype = torch.bfloat16 if device.type == "cuda" else None
+        self.step = Step(self.model, NextToken(), optimizer, 1.0, dtype)
+        if compiled:
+            self.model.compile()
+        shape = (micros, 2, micro, config.block_size)
+        self.micros = [tuple(pair) for pair in torch.randint(0, config.vocab_size - 64, shape)]
+        self.tokens = micros * micro * config.block_size
+
+    def __call__(self):
+        """Take the step."""
+        self.step.backward(self.micros, self.tokens)
+        self.step.update(1.0)
+
+
+class Theirs:
+    """The same step with somebody else's model and torch's own fused AdamW; `loss(tokens, targets)` is a mean."""
+
+    def __init__(self, model, loss, device, micro, micros, block_size, vocab_size):
+        self.model, self.loss, self.device = model, loss, device
+        self.optimizer = torch.optim.AdamW(model.parameters(), 6e-4, fused=True)
+        shape = (micros, 2, micro, block_size)
+        self.micros = [tuple(pair) for pair in torch.randint(0, vocab_size - 64, shape)]
+        self.tokens = micros * micro * block_size
+
+    def __call__(self):
+        """Take the step."""
+        for tokens, targets in self.micros:
+            tokens, targets = tokens.to(self.device), targets.to(self.device)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+                loss = self.loss(tokens, targets) / len(self.micros)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def load_nanogpt(path, device, micro, micros):
+    """nanoGPT's model from a checkout, compiled, with the settings of its benchmark."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(path).expanduser() / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model = module.GPT(module.GPTConfig(vocab_size=50304, bias=False, dropout=0.0)).to(device)
+    compiled = torch.compile(model)
+    return Theirs(model, lambda x, y: compiled(x, y)[1], device, micro, micros, 1024, 50304)
+
+
+def load_transformers_gpt2(device, micro, micros):
+    """The same shape in `transformers`, compiled."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = GPT2Config(vocab_size=50304, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, use_cache=False)
+    model = GPT2LMHeadModel(shape).to(device)
+    compiled = torch.compile(model)
+    cross_entropy = torch.nn.functional.cross_entropy
+    loss = lambda x, y: cross_entropy(compiled(x).logits.view(-1, 50304), y.view(-1))  # noqa: E731
+    return Theirs(model, loss, device, micro, micros, 1024, 50304)
+
+
+def measure_gpu(report, s, device):
+    """GPT-2 124M shapes at context 1024: the ladder of changes, then ours against the peers, in turn."""
+    micro, micros = s.MICRO_BATCH, s.MICROS
+    limit = 771e12 / flops_per_token(Transformer(PRESETS["gpt2"](vocab_size=50304)), 1024)
+    for name, (shape, uses, float32_stream, compiled) in LADDER.items():
+        config = PRESETS["gpt2"](vocab_size=50304, **shape)
+        ours = Ours(config, uses, float32_stream, compiled, device, micro, micros)
+        rate = measure({name: ours}, s.REPEATS, 2, device)[name].rate(ours.tokens)
+        report.row(f"124M training, {name}", rate[0], "tok/s", spread=rate[1:], limit=limit,
+                   limit_name="all FLOPs at 771 TFLOP/s")  # fmt: skip
+        del ours
+        _forget()
+    final = dict(zip(("shape", "uses", "float32", "compiled"), LADDER["+ fused loss"]))
+    config = PRESETS["gpt2"](vocab_size=50304, **final["shape"])
+    rivals = {"ours": Ours(config, final["uses"], False, True, device, micro, micros)}
+    rivals["transformers"] = load_transformers_gpt2(device, micro, micros)
+    if s.NANOGPT:
+        rivals["nanoGPT"] = load_nanogpt(s.NANOGPT, device, micro, micros)
+    timings = measure(rivals, s.REPEATS, 2, device)
+    rate = timings["ours"].rate(rivals["ours"].tokens)
+    for peer in list(rivals)[1:]:
+        report.row(f"124M training step against {peer}, in turn", rate[0], "tok/s", spread=rate[1:],
+                   peer=rivals[peer].tokens / timings[peer].median, peer_name=peer + ", torch.compile",
+                   limit=limit, limit_name="all FLOPs at 771 TFLOP/s",
+                   note=f"bf16, micro batch {micro} x 1024, {micros} of them a step, AdamW and clipping included")  # fmt: skip
+    if not s.NANOGPT:
+        report.skip("124M training step against nanoGPT", "needs a checkout of karpathy/nanoGPT: --nanogpt PATH")
+    mfu = rate[0] * flops_per_token(rivals["ours"].model, 1024) / peak_flops(device)
+    report.row("MFU", 100 * mfu, "%", limit=100, limit_name="989 TFLOP/s dense bf16",
+               note="6 N + 12 L H D T FLOPs a token, attention counted in full (PaLM, appendix B)")  # fmt: skip
+
+
+def measure_cpu(report, s, device):
+    """A small Llama shape on this CPU against the same in `transformers`, in turn."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = PRESETS["cpu-small"](qk_norm=False, block_size=128)
+    ours = Ours(config, [], False, False, device, 16, 1)
+    shape = LlamaConfig(vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=config.n_ff,
+                        num_hidden_layers=config.n_layer, num_attention_heads=config.n_head,
+                        max_position_embeddings=128, tie_word_embeddings=True, use_cache=False)  # fmt: skip
+    peer = LlamaForCausalLM(shape)
+    cross_entropy = torch.nn.functional.cross_entropy
+    loss = lambda x, y: cross_entropy(peer(x).logits.flatten(0, 1), y.flatten())  # noqa: E731
+    theirs = Theirs(peer, loss, device, 16, 1, 128, config.vocab_size)
+    timings = measure({"ours": ours, "transformers": theirs}, s.REPEATS, 2, device)
+    rate = timings["ours"].rate(ours.tokens)
+    report.row("training step, 6 layers x 256, float32", rate[0], "tok/s", spread=rate[1:],
+               peer=theirs.tokens / timings["transformers"].median, peer_name="transformers",
+               note="AdamW and clipping included, 16 x 128 tokens a step")  # fmt: skip
+    report.skip("124M training", "needs a GPU")
+
+
+def check_fused_loss(report, device):
+    """Values and gradients of the fused loss against float64."""
+    vocab = 50304 if device.type == "cuda" else 4096
+    x, weight = torch.randn(512, 768, device=device), torch.randn(vocab, 768, device=device) * 0.05
+    targets = torch.randint(0, vocab, (512,), device=device)
+    exact = _loss_and_gradients(plain_nll, x.double(), weight.double(), targets)
+    for name, loss in (("plain", plain_nll), ("fused", fused_nll)):
+        with torch.autocast(device.type, torch.bfloat16):
+            got = _loss_and_gradients(loss, x, weight, targets)
+        errors = [relative_error(a, b) for a, b in zip(got, exact)]
+        report.check(f"{name} loss in bf16 against float64", max(errors) < 2e-2,
+                     "errors of value, x and weight gradient: " + ", ".join(f"{e:.1e}" for e in errors))  # fmt: skip
+
+
+def _loss_and_gradients(loss, x, weight, targets):
+    """The loss and its two gradients."""
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    nll = loss(x, weight, targets)
+    nll.mean().backward()
+    return nll, x.grad, weight.grad
+
+
+TINY_RUN = ["--model", "gpt2", "--block_size", "256", "--batch_tokens", "16384", "--max_steps", "8", "--warmup_steps",
+            "2", "--eval_every", "8", "--eval_tokens", "16384", "--save_every", "1", "--use", "--no_compile",
+            "--sample_tokens", "1"]  # fmt: skip
+
+
+def check_resume(report):
+    """A deterministic run on this GPU, killed and resumed, against one that was not: the same losses, bit for bit."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = [*TINY_RUN, "--deterministic", "--dropout", "0.1"]
+        whole = run_training([*flags, "--out_dir", f"{folder}/whole"])
+        parts = run_training([*flags, "--out_dir", f"{folder}/parts"], kill_at=4)
+    report.check("run killed and resumed, deterministic on this GPU, equals the uninterrupted one", whole == parts,
+                 f"{len(whole)} losses, last {whole[-1]:.6f} and {parts[-1]:.6f}")  # fmt: skip
+
+
+def check_ranks(report):
+    """Two processes with NCCL against one, on the same global batch."""
+    if torch.cuda.device_count() < 2:
+        report.skip("two GPUs give the loss of one", "needs two GPUs")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        one = run_training([*TINY_RUN, "--dtype", "float32", "--out_dir", f"{folder}/one"])
+        two = run_training([*TINY_RUN, "--dtype", "float32", "--out_dir", f"{folder}/two"], processes=2)
+    worst = max(abs(a - b) for a, b in zip(one, two, strict=True))
+    report.check(
+        "two GPUs (NCCL) give the losses of one on the same global batch", worst < 2e-3, f"largest gap {worst:.1e}"
+    )
+
+
+def run_training(flags, kill_at=None, processes=1, environment=None):
+    """Run train_pretrain.py in a process of its own and return the training losses, one per step.
+
+    Args:
+        flags: its command line; must hold ``--out_dir``.
+        kill_at: kill the process (SIGKILL) once this step is in the metrics, then run it again to the end.
+        processes: start it under ``torch.distributed.run`` with that many.
+
+    Raises:
+        RuntimeError: the script failed; the message holds the end of its output.
+    """
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    )
+    command = [sys.executable, *launcher, str(TRAIN), *flags]
+    metrics = Path(flags[flags.index("--out_dir") + 1]) / "metrics.jsonl"
+    options = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    if kill_at:
+        with subprocess.Popen(command, **options | {"stdout": subprocess.DEVNULL}) as process:
+            while process.poll() is None and not any(e["step"] >= kill_at for e in read_metrics(metrics)):
+                time.sleep(0.005)
+            process.kill()
+    done = subprocess.run(command, **options)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}")
+    return [entry["train_loss"] for entry in read_metrics(metrics) if "train_loss" in entry]
+
+
+NANOGPT_RECIPE = ["--model", "gpt2", "--optimizer", "adamw", "--learning_rate", "6e-4", "--embed_learning_rate", "6e-4",
+                  "--schedule", "cosine", "--weight_decay", "0.1"]  # fmt: skip
+
+
+def compare_recipes(report, s):
+    """The default recipe against AdamW with nanoGPT's settings: validation loss at equal tokens, both curves."""
+    if not s.QUALITY_STEPS:
+        report.skip("recipe against nanoGPT's settings", "two whole training runs: ask with --quality_steps")
+        return
+    found = {}
+    for name, flags in {"our recipe": [], "nanoGPT settings": NANOGPT_RECIPE}.items():
+        out = CHECKPOINTS / f"project3_{name.replace(' ', '_')}"
+        train_pretrain.main([*s.QUALITY_FLAGS, *flags, "--max_steps", str(s.QUALITY_STEPS), "--out_dir", str(out)])
+        points = [(e["step"], e["val_loss"]) for e in read_metrics(out / "metrics.jsonl") if "val_loss" in e]
+        tokens = next(e["tokens"] for e in read_metrics(out / "metrics.jsonl") if "tokens" in e)
+        found[name] = [step * tokens / 1e6 for step, _ in points], [loss for _, loss in points]
+        report.series(f"validation loss, {name}", *found[name])
+    ours, theirs = (ys[-1] for _, ys in found.values())
+    millions, peer = found["our recipe"][0][-1], "AdamW, nanoGPT's settings"
+    report.row(f"validation loss after {millions:,.0f}M tokens", ours, "nats/token", peer=theirs, peer_name=peer,
+               higher_is_better=False)  # fmt: skip
+    reached = next((x for x, y in zip(*found["our recipe"]) if y <= theirs), None)
+    if reached:
+        report.row("tokens to reach the peer's final loss", reached, "M tokens", peer=millions, peer_name=peer,
+                   higher_is_better=False)  # fmt: skip
+    curves(HERE / f"recipes.{report.slug}.png", found, "million tokens", "validation loss (nats a token)",
+           "Equal data, tokens and model size: our recipe and nanoGPT's")  # fmt: skip
+
+
+def _forget():
+    """Free what the last variant left in memory and in the compiler."""
+    torch._dynamo.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

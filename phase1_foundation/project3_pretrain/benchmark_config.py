@@ -1,0 +1,29 @@
+"""Constants of project 3's benchmark."""
+
+import sys
+
+from common import settings as common_settings
+from common.device import pick_device
+
+# == Benchmark ==
+DEVICE = pick_device()  # cuda, mps or cpu
+SEED = 0  # of weights and tokens
+MICRO_BATCH = 32  # sequences of 1024 tokens in one forward (GPU)
+MICROS = 15  # micro batches of one optimizer step (GPU): 491,520 tokens with 32 sequences
+REPEATS = 5  # timed optimizer steps
+NANOGPT: str | None = None  # a checkout of karpathy/nanoGPT, to be measured in turn
+QUALITY_STEPS = 0  # steps of the two training runs that are compared; 0 leaves them out
+QUALITY_FLAGS: list[str] = []  # further flags of both runs
+
+
+def validate_config(settings=None):
+    """Refuse combinations that cannot work."""
+    s = settings or sys.modules[__name__]
+    for name in ("MICRO_BATCH", "MICROS", "REPEATS"):
+        if getattr(s, name) < 1:
+            raise ValueError(f"{name}={getattr(s, name)} must be at least 1")
+
+
+def print_config(settings=None):
+    """Print every constant with its value and meaning."""
+    common_settings.print_config(settings or sys.modules[__name__])

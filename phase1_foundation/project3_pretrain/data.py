@@ -1,0 +1,188 @@
+"""
+Training data
+
+This file implements batches from tokenised text following:
+- "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019) - fixed windows of one stream of tokens
+- "Scaling Data-Constrained Language Models" (Muennighoff et al., 2023) - every epoch reads everything once
+
+Each component is explained with paper references for educational purposes.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from phase1_foundation.project3_pretrain.shuffle import mix, permute
+from phase1_foundation.project3_pretrain.token_file import (
+    TokenFileError,
+    TokenWriter,
+    read_header,
+    token_bytes,
+    write_tokens,
+)
+
+__all__ = ["Batches", "TokenDataset", "TokenFileError", "TokenWriter", "token_bytes", "write_tokens"]
+
+IGNORE = -100  # a target that does not count
+
+
+class TokenDataset:
+    """
+    A tokenised text on disk, read in windows
+
+    PAPER: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), section 2.
+    PAPER CONTEXT: a language model learns p(token | the tokens before it in the window) from raw text.
+    INTUITION: lay a ruler of `block_size` tokens anywhere on the scroll; the targets are the same tokens, one later.
+    IMPLEMENTATION: a memory map of uint16 or uint32 (token_file.py); rows are copied out of it and widened to int64
+        only when a batch needs them. The documents are separated by a token, not by padding.
+    WHY: opening a corpus of any size takes milliseconds, memory holds only the pages in use, and all processes of a
+        machine share them.
+
+    Args:
+        path: ``name.bin``; its header ``name.json`` lies beside it.
+        block_size: tokens of a window.
+        tokenizer_fingerprint: refuse a file made with another tokenizer (None: take any).
+
+    Attributes:
+        header: what the JSON file says (documents, text_bytes, source ...); `n_tokens`, `vocab_size`, `fingerprint`
+            are its most wanted entries.
+        tokens: the memory map.
+        token_bytes: bytes of text per token, by id: what bits per byte are computed with.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TokenFileError: the file is damaged, truncated, too short, or belongs to another tokenizer.
+    """
+
+    def __init__(self, path, block_size, tokenizer_fingerprint=None):
+        self.path, self.block_size = Path(path), block_size
+        self.header = read_header(self.path)
+        self.n_tokens, self.vocab_size = self.header["tokens"], self.header["vocab_size"]
+        self.fingerprint, self.token_bytes = self.header["tokenizer"], self.header["token_bytes"]
+        if tokenizer_fingerprint is not None and tokenizer_fingerprint != self.fingerprint:
+            raise TokenFileError(
+                f"{self.path} was made with another tokenizer (fingerprint {self.fingerprint[:12]}, yours is "
+                f"{tokenizer_fingerprint[:12]}): run prepare_data.py with your tokenizer, or load the other one"
+            )
+        if self.n_tokens <= block_size:
+            raise TokenFileError(
+                f"{self.path} has {self.n_tokens} tokens, too few for one window of block_size={block_size} and its "
+                f"targets: give more text or a smaller block_size"
+            )
+        self.tokens = np.memmap(self.path, dtype=self.header["dtype"], mode="r", shape=(self.n_tokens,))
+        # Every possible window as a row of a view: picking rows is one plain copy each.
+        self._rows = np.lib.stride_tricks.sliding_window_view(np.asarray(self.tokens), block_size + 1)
+
+    def __len__(self):
+        """Windows that do not overlap, the last partial one included."""
+        return -(-(self.n_tokens - 1) // self.block_size)
+
+    def gather(self, starts):
+        """The windows that begin at `starts`: (tokens, targets), int64 tensors (len(starts), block_size)."""
+        rows = self._rows[starts]  # (B, T + 1)
+        return torch.from_numpy(rows[:, :-1].astype(np.int64)), torch.from_numpy(rows[:, 1:].astype(np.int64))
+
+    def batches(self, seed, batch_size, micro_batch_size, rank=0, world_size=1):
+        """The training batches, by step; see `Batches`."""
+        return Batches(self, seed, batch_size, micro_batch_size, rank, world_size)
+
+    def windows(self, batch_size, max_tokens=None):
+        """Windows that do not overlap, for evaluation: yields (tokens, targets), each (up to batch_size, block_size).
+
+        Without `max_tokens` they cover every target of the file exactly once: the last window is filled up with
+        targets of -100. With it, whole windows evenly spread over the file, the same ones every time.
+        """
+        total, block = len(self), self.block_size
+        wanted = total if max_tokens is None else min(total, max(1, max_tokens // block))
+        chosen = np.arange(wanted) * total // wanted
+        for first in range(0, wanted, batch_size):
+            starts = chosen[first : first + batch_size] * block
+            full = starts + block < self.n_tokens
+            tokens, targets = self.gather(np.where(full, starts, 0))
+            if not full.all():  # only the file's last window can be short
+                rest = torch.from_numpy(np.asarray(self.tokens[starts[-1] :]).astype(np.int64))
+                tokens[-1], targets[-1] = 0, IGNORE
+                tokens[-1, : len(rest) - 1], targets[-1, : len(rest) - 1] = rest[:-1], rest[1:]
+            yield tokens, targets
+
+
+class Batches:
+    """
+    The batches of a run, a pure function of (seed, step, rank)
+
+    PAPER: "Scaling Data-Constrained Language Models" (Muennighoff et al., 2023), arXiv:2305.16264.
+    PAPER CONTEXT: repeating data for a few epochs costs little loss compared with fresh data.
+    INTUITION: each epoch is a newly shuffled deck of windows; a step takes the next `batch_size` cards, and each rank
+        its share of them.
+    IMPLEMENTATION: an epoch cuts the stream into windows that do not overlap, from an offset of its own so that
+        borders move, and visits them in the order of `permute`. The batch of a step is the same set for every
+        world_size: ranks take contiguous slices of it, micro batches slices of those.
+    WHY: no state to save: resuming is asking for another step, on any number of ranks.
+
+    Args:
+        dataset: a `TokenDataset`.
+        seed: chooses the order.
+        batch_size: sequences of one step, over all ranks and micro batches.
+        micro_batch_size: sequences of one forward; the last micro batch of a step may be smaller.
+        rank, world_size: which share.
+
+    ``batches[step]`` is a list of (tokens, targets), int64 CPU tensors (micro_batch_size, block_size). The step after
+    the one asked for is fetched by a thread meanwhile; that changes when it is read, never what.
+
+    Raises:
+        ValueError: the sizes do not divide as they must.
+    """
+
+    def __init__(self, dataset, seed, batch_size, micro_batch_size, rank=0, world_size=1):
+        if batch_size < 1 or micro_batch_size < 1 or not 0 <= rank < world_size:
+            raise ValueError(
+                f"batch_size={batch_size} and micro_batch_size={micro_batch_size} must be at least 1, and "
+                f"rank={rank} must be one of the {world_size} ranks"
+            )
+        if batch_size % world_size:
+            raise ValueError(
+                f"batch_size={batch_size} sequences cannot be shared by {world_size} processes: use a multiple of "
+                f"{world_size}, such as {max(1, batch_size // world_size) * world_size}"
+            )
+        self.dataset, self.seed = dataset, seed
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.rank, self.world_size = rank, world_size
+        # An epoch leaves out less than one window, so that any offset below block_size fits.
+        self.epoch_size = max(1, (dataset.n_tokens - dataset.block_size) // dataset.block_size)
+        self._thread, self._ahead = ThreadPoolExecutor(1), (None, None)  # (step, future)
+
+    def starts(self, step):
+        """Where the windows of this rank begin at a step: int64 (batch_size / world_size,)."""
+        share = self.batch_size // self.world_size
+        samples = np.arange(share, dtype=np.int64) + (step * self.batch_size + self.rank * share)
+        epochs, places = np.divmod(samples, self.epoch_size)
+        starts = np.empty_like(samples)
+        for epoch in np.unique(epochs):
+            now = epochs == epoch
+            key = mix(self.seed, int(epoch))
+            starts[now] = permute(places[now], self.epoch_size, key) * self.dataset.block_size + self.offset(key)
+        return starts
+
+    def offset(self, key):
+        """Where the windows of the epoch with this key begin to be cut."""
+        block, length = self.dataset.block_size, self.dataset.n_tokens
+        return mix(key, 1) % min(block, length - self.epoch_size * block)
+
+    def __getitem__(self, step):
+        if step < 0:
+            raise IndexError(f"step={step}: steps count from 0")
+        ahead, future = self._ahead
+        batch = future.result() if ahead == step else self._fetch(step)
+        self._ahead = (step + 1, self._thread.submit(self._fetch, step + 1))
+        return batch
+
+    def _fetch(self, step):
+        """Read a step's windows and cut them into micro batches."""
+        tokens, targets = self.dataset.gather(self.starts(step))
+        size = self.micro_batch_size
+        return list(zip(tokens.split(size), targets.split(size)))
+
+    def __iter__(self):
+        raise TypeError("batches have no end: ask for batches[step]")
