@@ -13,28 +13,36 @@ import lzma
 import sys
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from common import CHECKPOINTS, DATA, ROOT
 from common import settings as common_settings
 from common.checkpoint import atomic_write
 from common.device import pick_device
-from common.download import read_documents
 from common.plots import curves
 from common.progress import clock
 from common.run import Run
 from common.stages import Stages
+from phase1_foundation.project1_minimal_gpt.sampling import generate
+from phase1_foundation.project3_pretrain import evaluation, prepare_data, train_pretrain, zero_shot
+from phase1_foundation.project3_pretrain.data import TokenDataset
+from phase1_foundation.project3_pretrain.hooks import read_metrics
+from phase1_foundation.project3_pretrain.loading import load
+from phase1_foundation.project3_pretrain.token_file import read_header
 
 # == Speedrun ==
 DEVICE = pick_device()  # cuda, mps or cpu
 SEED = 1337  # of every stage
 PRESET = "cpu"  # cpu (a few million parameters) or h100 (125M parameters)
 QUICK = False  # a few steps of a tiny model: does everything work?
-TEXT: list[str] = []  # text files (.txt, .jsonl, also .gz, .xz, .zst); none: the bundled texts
+TEXT: list[str] = []  # text files (.txt, .jsonl, also .gz, .xz, .zst); none: the bundled sample
 VOCAB_SIZE = 4096  # tokens of the vocabulary
 REPORT_DIR = str(ROOT / "report")  # report.md with curves and samples
 OUT_DIR = str(CHECKPOINTS / "speedrun")  # tokenizer, checkpoints, metrics
 DATA_DIR = str(DATA / "speedrun")  # tokenised data
 
-BUNDLED = (DATA / "sample_corpus.jsonl.xz", DATA / "shakespeare.txt")
+BUNDLED = DATA / "sample_corpus.jsonl.xz"
 PROMPTS = ("The ", "Once upon a time", "ROMEO:\n", "Water is")
 # preset -> flags of train_pretrain.py
 TRAINING = {
@@ -69,40 +77,115 @@ def main(argv=None):
 
 def speedrun(s):
     """The way from text to a report, stage by stage."""
-    out, texts = Path(s.OUT_DIR), [Path(text) for text in s.TEXT] or list(BUNDLED)
+    out, texts = Path(s.OUT_DIR), [Path(text) for text in s.TEXT] or [BUNDLED]
     tokenizer, train, val = out / "tokenizer.pkl", Path(s.DATA_DIR) / "train.bin", Path(s.DATA_DIR) / "val.bin"
     best, scores = out / "best.pt", out / "scores.json"
     flags = TRAINING["quick" if s.QUICK else s.PRESET]
     stages = Stages(out / "stages.json")
-    stages.run("tokenizer", lambda fresh: train_tokenizer(texts, s.VOCAB_SIZE, tokenizer),
-               files=texts, settings=s.VOCAB_SIZE, outputs=[tokenizer])  # fmt: skip
-    stages.run("data", lambda fresh: tokenise(texts, tokenizer, s), files=[*texts, tokenizer], outputs=[train, val])
+    stages.run("tokenizer and data", lambda fresh: prepare(texts, tokenizer, s), files=texts,
+               settings=s.VOCAB_SIZE, outputs=[tokenizer, train, val])  # fmt: skip
     stages.run("pre-training", lambda fresh: pretrain(flags, tokenizer, s, fresh), files=[train, val],
                settings=[flags, s.SEED], outputs=[best])  # fmt: skip
-    stages.run("evaluation", lambda fresh: evaluate(texts, best, val, s, scores), files=[best, val], outputs=[scores])
+    stages.run("evaluation", lambda fresh: evaluate(best, train, val, s, scores), files=[best, train, val],
+               outputs=[scores])  # fmt: skip
     write_report(s, stages, texts, json.loads(scores.read_text(encoding="utf-8")))
 
 
-def train_tokenizer(texts, vocab_size, path):
-    """Learn a BPE vocabulary from the texts (project 2)."""
-    from phase1_foundation.project2_tokenizer.tokenizer import BPETokenizer
-
-    documents = (document for text in texts for document in read_documents(text))
-    tokenizer = BPETokenizer.train(documents, vocab_size, ["<|endoftext|>"], rule="merges")
-    tokenizer.save(path)
-    print(f"learned {tokenizer.vocab_size} tokens: {path}")
-
-
-def tokenise(texts, tokenizer, s):
-    """Turn the texts into memory maps, a part of the documents held out (project 3)."""
-    from phase1_foundation.project3_pretrain import prepare_data
-
-    prepare_data.main(["--train_data_path", *map(str, texts), "--data_dir", s.DATA_DIR, "--tokenizer", str(tokenizer)])
+def prepare(texts, tokenizer, s):
+    """Learn a vocabulary (project 2) and turn the texts into memory maps, some documents held out (project 3)."""
+    tokenizer.unlink(missing_ok=True)  # the text or the size of the vocabulary has changed
+    prepare_data.main(["--train_data_path", ",".join(map(str, texts)), "--data_dir", s.DATA_DIR,
+                       "--tokenizer", str(tokenizer), "--vocab_size", str(s.VOCAB_SIZE)])  # fmt: skip
 
 
 def pretrain(flags, tokenizer, s, fresh):
     """Train the model (project 3); an interrupted run of the same settings continues."""
-    from phase1_foundation.project3_pretrain import train_pretrain
+    places = ["--tokenizer", str(tokenizer), "--data_dir", s.DATA_DIR, "--out_dir", s.OUT_DIR]
+    train_pretrain.main([*flags, *places, "--seed", str(s.SEED), "--device", s.DEVICE,
+                         "--no_resume" if fresh else "--resume"])  # fmt: skip
 
-    train_pretrain.main([*flags, "--tokenizer", str(tokenizer), "--data_dir", s.DATA_DIR, "--out_dir", s.OUT_DIR,
-                         "--seed", str(s.SEED), "--device", s.DEVICE, "--resume" if not fresh else "--no_resume"])  # fmt: skip
+
+def evaluate(best, train, val, s, path):
+    """Score the best model on the held-out documents, beside xz on the same bytes, and let it write (project 3)."""
+    model, tokenizer = load(best, device=s.DEVICE)
+    held_out = TokenDataset(val, model.config.block_size, tokenizer.fingerprint)
+    total = evaluation.score(model, held_out)
+    text, seen = (plain_text(path, tokenizer) for path in (val, train))
+    blimp = zero_shot.blimp(model, tokenizer, DATA / "eval" / "blimp_sample.jsonl")
+    scores = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "held_out_bytes": len(text),
+        "bits_per_byte": total.bits_per_byte,
+        "loss": total.loss,
+        "perplexity": total.perplexity,
+        "xz": 8 * len(lzma.compress(text, preset=9)) / len(text),
+        "xz_primed": 8 * (len(lzma.compress(seen + text, preset=9)) - len(lzma.compress(seen, preset=9))) / len(text),
+        "blimp": blimp.accuracy,
+        "samples": {prompt: sample(model, tokenizer, prompt, s.SEED) for prompt in PROMPTS},
+    }
+    atomic_write(path, json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
+    print(f"held-out text: {scores['bits_per_byte']:.3f} bits a byte; xz -9: {scores['xz']:.3f}")
+
+
+def plain_text(path, tokenizer):
+    """The bytes of all documents in a token file."""
+    tokens = np.fromfile(path, dtype=read_header(path)["dtype"])
+    return tokenizer.decode_bytes(tokens[tokens != tokenizer.eot_id].tolist())
+
+
+def sample(model, tokenizer, prompt, seed):
+    """What the model writes after a prompt."""
+    device = next(model.parameters()).device
+    tokens = torch.tensor([tokenizer.encode(prompt)], device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    return tokenizer.decode(generate(model, tokens, 80, temperature=0.8, top_k=50, generator=generator)[0].tolist())
+
+
+def write_report(s, stages, texts, scores):
+    """Write report/report.md with the curves beside it."""
+    folder, metrics = Path(s.REPORT_DIR), read_metrics(Path(s.OUT_DIR) / "metrics.jsonl")
+    series = {
+        name: tuple(zip(*[(entry["step"], entry[key]) for entry in metrics if key in entry]))
+        for name, key in (("training", "train_loss"), ("validation", "val_loss"))
+    }
+    curves(folder / "curves.png", series, "step", "loss (nats a token)", "Pre-training")
+    tokens = sum(entry.get("tokens", 0) for entry in metrics)
+    verdict = "fewer" if scores["bits_per_byte"] < scores["xz"] else "more"
+    lines = [
+        "# What the speedrun made",
+        "",
+        f"A model of {scores['parameters'] / 1e6:.1f}M parameters that read {tokens / 1e6:.1f}M tokens of "
+        f"{', '.join(text.name for text in texts)}.",
+        "",
+        "| stage | time |",
+        "| --- | --- |",
+        *(f"| {name} | {clock(seconds)} |" for name, seconds in stages.times()),
+        "",
+        "## How good it is",
+        "",
+        f"On {scores['held_out_bytes'] / 1e3:,.0f} kB of documents that it has not read:",
+        "",
+        "| measure | value |",
+        "| --- | --- |",
+        f"| model, bits a byte | **{scores['bits_per_byte']:.3f}** |",
+        f"| `xz -9` on the same bytes | {scores['xz']:.3f} |",
+        f"| `xz -9` that has read the training text first | {scores['xz_primed']:.3f} |",
+        f"| loss, nats a token | {scores['loss']:.3f} |",
+        f"| perplexity | {scores['perplexity']:.1f} |",
+        f"| BLiMP sample, accuracy (chance 50%) | {scores['blimp']:.1%} |",
+        "",
+        f"The model needs {verdict} bits a byte than `xz -9`. The size of its weights is not counted; xz starts with "
+        "nothing, which is why the third line lets it read the training text first.",
+        "",
+        "![curves](curves.png)",
+        "",
+        "## What it writes",
+        "",
+        *(f"```\n{text.strip()}\n```\n" for text in scores["samples"].values()),
+    ]
+    atomic_write(folder / "report.md", "\n".join(lines))
+    print(f"\nThe report is in {folder / 'report.md'}, the model in {Path(s.OUT_DIR) / 'best.pt'}.")
+
+
+if __name__ == "__main__":
+    main()

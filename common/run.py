@@ -69,7 +69,10 @@ class Run:
             random.seed(seed)
             np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries that use the global generator
             torch.manual_seed(seed)
-        self.device = check_device(getattr(self.settings, "DEVICE", None) or pick_device())
+        name = str(getattr(self.settings, "DEVICE", None) or pick_device())
+        if self.world_size > 1 and name.startswith("cuda"):
+            name = f"cuda:{os.environ['LOCAL_RANK']}"  # never touch another process's GPU, not even to look at it
+        self.device = check_device(name)
         if self.world_size > 1:
             self._join()
         self._old_handler = _install(self._on_interrupt)
@@ -82,7 +85,6 @@ class Run:
     def _join(self):
         """Join the process group that ``torch.distributed.run`` announced in the environment."""
         if self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
         if not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")

@@ -168,13 +168,11 @@ def test_other_ranks_stay_silent(config, capfd, monkeypatch, tmp_path):
 
 
 SCRIPT = """
-import torch, torch.distributed as dist
-from common import test_run
+import sys, types, torch, torch.distributed as dist
 from common.run import Run
-from common.test_settings import make_config
-import sys
-config = make_config(sys.argv[1], test_run.CONFIG, "config_of_rank")
-with Run(config, sys.argv[2:]) as run:
+config = types.ModuleType("config")
+config.__file__, config.DEVICE = sys.argv[1], "cpu"
+with Run(config, []) as run:
     total = torch.tensor([run.rank + 1.0])
     dist.all_reduce(total)
     run.print("sum", total.item(), "of", run.world_size)
@@ -186,15 +184,15 @@ def test_two_processes_join_and_leave_a_group(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    path = tmp_path / "config.py"
+    path.write_text('DEVICE = "cpu"  # where\n', encoding="utf-8")
     processes = []
     for rank in range(2):
-        folder = tmp_path / str(rank)
-        folder.mkdir()
         environment = {
             **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
-        command = [sys.executable, "-c", SCRIPT, str(folder)]
+        command = [sys.executable, "-c", SCRIPT, str(path)]
         processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE))
     first, second = (process.communicate(timeout=200)[0] for process in processes)
     assert [process.returncode for process in processes] == [0, 0]

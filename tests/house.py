@@ -58,6 +58,8 @@ def kind_of(path):
     if path.stem.startswith("test_") or path.stem == "conftest":
         return "test"
     tree = tree_of(path)
+    if path.stem.endswith("_config") and functions_of(tree, "validate_config"):
+        return "config"
     return "script" if functions_of(tree, "main") and has_main_guard(tree) else "implementation"
 
 
@@ -89,7 +91,7 @@ def papers():
 
 
 def commands_in(page):
-    """The ``uv run ...`` and ``uv sync ...`` commands in the fenced blocks of a Markdown page, each as a list of words."""
+    """The ``uv run`` and ``uv sync`` commands in the fenced blocks and tables of a Markdown page, as lists of words."""
     text = Path(page).read_text(encoding="utf-8").replace("\\\n", " ")
     found = []
     for block in re.findall(r"^```[a-z]*\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
@@ -181,8 +183,7 @@ def scripts():
     """All files of the house that are called from the command line and have flags."""
     kinds = ("script", "benchmark", "download")
     found = [path for folder in PROJECTS for path in files_of_kind(folder, *kinds)]
-    found += [
-        path for folder in PROJECTS for path in files_of_kind(folder, "test") if functions_of(tree_of(path), "main")
-    ]
+    tests = [path for folder in PROJECTS for path in files_of_kind(folder, "test")]
+    found += [path for path in tests if functions_of(tree_of(path), "main")]
     roofs = [path for path in sorted(ROOT.glob("*.py")) if functions_of(tree_of(path), "main")]
     return found + roofs + [ROOT / "common" / "benchmark.py"]

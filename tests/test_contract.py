@@ -35,10 +35,16 @@ OWN = [path for folder in (ROOT / "common", ROOT / "tests", *PROJECTS) for path 
 OWN += sorted(ROOT.glob("*.py"))
 PRODUCT = [path for path in OWN if not path.name.startswith("test_")]
 IMPLEMENTATIONS = [path for folder in PROJECTS for path in files_of_kind(folder, "implementation")]
-# Files that only hold tables have no components to explain.
-COMPONENTS = [
-    p for p in IMPLEMENTATIONS if any(isinstance(n, (ast.FunctionDef, ast.ClassDef)) for n in tree_of(p).body)
-]
+# Files that implement no paper: they need not open with one. What they do cite is checked all the same.
+PLUMBING = {
+    "unicode_ranges.py": "a table of code points",
+    "presets.py": "a table of published shapes",
+    "hub_mapping.py": "tables of names in Hugging Face's files",
+    "hub_tokenizer.py": "the file format of a tokenizer of others",
+    "gguf_export.py": "the file format of llama.cpp",
+    "loading.py": "finding and reading checkpoints",
+}
+COMPONENTS = [path for path in IMPLEMENTATIONS if path.name not in PLUMBING]
 
 each_project = pytest.mark.parametrize("folder", PROJECTS, ids=lambda folder: folder.name)
 
@@ -152,8 +158,8 @@ def bullets(docstring):
 @each(COMPONENTS)
 def test_an_implementation_opens_with_its_papers(path):
     docstring = ast.get_docstring(tree_of(path)) or ""
-    assert re.match(r"[^\n]+\n\nThis file implements\b.*? following:\n- \"", docstring, re.DOTALL), (
-        f"{name_of(path)} must open with a title, a blank line and 'This file implements ... following:\\n- \"Title\" ...'"
+    assert re.match(r"[^\n]+\n\nThis file implements\b.*? follow(ing)?:\n- \"", docstring, re.DOTALL), (
+        f"{name_of(path)} must open with a title, a blank line, 'This file implements ... following:' and a list"
     )
     assert CLOSING in docstring, f"{name_of(path)}: the module docstring lacks {CLOSING!r}"
     for entry in (entry for entry in bullets(docstring) if entry.startswith('"')):
@@ -168,14 +174,19 @@ def test_cited_titles_and_arxiv_ids_are_the_checked_ones(path):
     titles = [re.match(r'"([^"]+)"', entry)[1] for entry in bullets(ast.get_docstring(tree) or "") if entry[0] == '"']
     for _, docstring in documented(tree):
         for text in re.findall(r"PAPER:(.*?)(?:\n *[A-Z ]+:|\n\n|$)", docstring, re.DOTALL):
+            text = re.sub(r'section\s+"[^"]*"', "", text)  # a section may be named, too
             titles += [" ".join(title.split()) for title in re.findall(r'"([^"]+)"', text)]
-        for title, arxiv in re.findall(r'"([^"]+)"[^"]{0,40}?arXiv:(\d{4}\.\d{4,5})', docstring):
+        for title, arxiv in re.findall(r'"([^"]+)",?\s+\(?arXiv:(\d{4}\.\d{4,5})', docstring):
             title = " ".join(title.split())
             assert papers().get(title, arxiv) == arxiv, f"{name_of(path)}: {title!r} is not arXiv:{arxiv}"
         for arxiv in re.findall(r"arXiv:(\d{4}\.\d{4,5})", docstring):
             assert arxiv in papers().values(), f"{name_of(path)}: arXiv:{arxiv} is not in tests/papers.txt"
     unknown = [title for title in titles if title not in papers()]
     assert not unknown, f"{name_of(path)}: not in tests/papers.txt: {unknown}"
+
+
+def test_the_list_of_plumbing_is_in_use():
+    assert set(PLUMBING) <= {path.name for path in IMPLEMENTATIONS}
 
 
 def sections_of(docstring):
@@ -191,10 +202,14 @@ def sections_of(docstring):
     return found
 
 
-def is_exception(node):
-    """True for a class whose bases are exceptions."""
-    names = [getattr(base, "id", getattr(base, "attr", "")) for base in node.bases]
-    return any(name.endswith(("Error", "Exception", "Warning")) for name in names)
+def is_component(node):
+    """True for a public class that computes: no exception, no protocol, no record of plain fields."""
+    bases = [getattr(base, "id", getattr(base, "attr", "")) for base in node.bases]
+    if node.name.startswith("_") or any(b.endswith(("Error", "Exception", "Warning", "Protocol")) for b in bases):
+        return False
+    is_record = "NamedTuple" in bases or any("dataclass" in ast.dump(d) for d in node.decorator_list)
+    methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+    return not is_record or any("property" not in ast.dump(d) for m in methods for d in m.decorator_list or [m])
 
 
 @each(COMPONENTS)
@@ -207,9 +222,8 @@ def test_components_have_the_five_sections(path):
         problems += [f"{node.name}: {marker} is longer than three lines" for marker, length in found if length > 3]
         complete += tuple(marker for marker, _ in found) == SECTIONS
     for node in tree.body:
-        if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and not is_exception(node):
-            if not sections_of(ast.get_docstring(node) or ""):
-                problems.append(f"class {node.name} has no {' '.join(SECTIONS)}")
+        if isinstance(node, ast.ClassDef) and is_component(node) and not sections_of(ast.get_docstring(node) or ""):
+            problems.append(f"class {node.name} has no {' '.join(SECTIONS)}")
     if not complete:
         problems.append("nothing in this file has the five sections")
     assert not problems, f"{name_of(path)}: " + "; ".join(problems)
@@ -345,6 +359,34 @@ def test_the_readme_shows_the_measured_results(folder):
     assert benchmark.START in text and benchmark.END in text, f"{name_of(page)} needs the markers of its results table"
     assert benchmark.is_fresh(folder.name), f"{name_of(page)} is out of date: run `uv run python -m common.benchmark`"
     assert "![" in text, f"{name_of(page)} needs a plot"
+
+
+# --- the checks themselves ---
+
+
+def test_lists_of_papers_are_read_with_their_second_lines():
+    docstring = 'Title\n\nThis file implements X following:\n- "A\n  B" (C, 2017) - d\n- "E" (F, 2018) - g\n\nMore.'
+    assert bullets(docstring) == ['"A B" (C, 2017) - d', '"E" (F, 2018) - g']
+
+
+def test_sections_are_found_with_their_lengths():
+    docstring = "Do it.\n\nPAPER: a\n  b\nPAPER CONTEXT: c\nINTUITION: d\nIMPLEMENTATION: e\nf\ng\nh\nWHY: i\n\nShapes."
+    lengths = [("PAPER:", 2), ("PAPER CONTEXT:", 1), ("INTUITION:", 1), ("IMPLEMENTATION:", 4), ("WHY:", 1)]
+    assert sections_of(docstring) == lengths
+    assert sections_of("PAPER: a\nWHY: b") == [("PAPER:", 1), ("WHY:", 1)]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("class A(nn.Module): pass", True), ("class _A(nn.Module): pass", False), ("class A(ValueError): pass", False),
+        ("class A(Protocol):\n  def f(self): ...", False), ("class A(NamedTuple):\n  x: int", False),
+        ("@dataclass\nclass A:\n  x: int", False), ("@dataclass(frozen=True)\nclass A:\n  def f(self): pass", True),
+        ("@dataclass\nclass A:\n  @property\n  def f(self): pass", False),
+    ],
+)  # fmt: skip
+def test_which_classes_are_components(source, expected):
+    assert is_component(ast.parse(source).body[0]) is expected
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Minimal GPT
 This file implements a GPT-2 style decoder following:
 - "Attention Is All You Need" (Vaswani et al., 2017) - the Transformer: multi-head scaled dot-product attention
 - "Improving Language Understanding by Generative Pre-Training" (Radford et al., 2018) - the decoder-only language model
-- "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019) - GPT-2: pre-LN, depth-scaled initialisation
+- "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019) - GPT-2: pre-LN, scaled initialisation
 - "Layer Normalization" (Ba et al., 2016) - normalising every position by itself
 - "Gaussian Error Linear Units (GELUs)" (Hendrycks & Gimpel, 2016) - the activation of the feed-forward layer
 - "Using the Output Embedding to Improve Language Models" (Press & Wolf, 2016) - one matrix for embedding and head
@@ -86,7 +86,7 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) ->
 
     PAPER: "Attention Is All You Need", arXiv:1706.03762, section 3.2.1, equation 1; the mask: section 3.2.3.
     PAPER CONTEXT: Attention(Q, K, V) = softmax(Q K^T / sqrt(d_k)) V; illegal connections are set to -inf.
-    INTUITION: each position asks (q), every earlier position offers a label (k) and content (v); what matches is mixed in.
+    INTUITION: each position asks (q), those before it offer a label (k) and content (v); what matches is mixed in.
     IMPLEMENTATION: scores (B, H, T, T), mask, softmax over the keys, weighted sum. Shapes in and out: (B, H, T, D).
     WHY: the reference that `fast_attention` is tested against; it holds T x T scores per head in memory.
 
@@ -175,7 +175,7 @@ class TransformerBlock(nn.Module):
     PAPER: GPT-2, section 2.3 (pre-LN); "Layer Normalization", arXiv:1607.06450, section 3.
     PAPER CONTEXT: the Transformer computes LayerNorm(x + f(x)); GPT-2 moves the norm to the input: x + f(LayerNorm(x)).
     INTUITION: the stream x is a notebook; each sub-layer reads a tidied copy and adds a line, nothing is ever erased.
-    IMPLEMENTATION: two residual additions; LayerNorm gives each position mean 0 and variance 1, then a learned gain, bias.
+    IMPLEMENTATION: two residual additions; LayerNorm gives each position mean 0 and variance 1, then gain and bias.
     WHY: gradients reach every layer through the plain additions, so deep stacks train stably from the first step.
 
     x (B, T, C) -> (B, T, C)
@@ -198,7 +198,7 @@ class TiedHead(nn.Module):
     """The output layer that owns no weight: it multiplies by the token embedding.
 
     PAPER: "Using the Output Embedding to Improve Language Models", arXiv:1608.05859, section 3.
-    PAPER CONTEXT: the input embedding and the output projection are both V x C; using one matrix for both works as well.
+    PAPER CONTEXT: the input embedding and the output projection are both V x C; one matrix for both works as well.
     INTUITION: if two characters mean the same going in, they should be equally likely coming out.
     IMPLEMENTATION: keeps a reference to the embedding outside the module tree, so that no weight is counted twice.
     WHY: saves V*C parameters: a third of GPT-2 small, next to nothing at a vocabulary of 65.
@@ -218,8 +218,8 @@ class TiedHead(nn.Module):
 class GPT(nn.Module):
     """A language model: from tokens to the probability of each next token.
 
-    PAPER: "Improving Language Understanding by Generative Pre-Training" (GPT-1), section 3.1, equations 1 and 2; GPT-2, 2.3.
-    PAPER CONTEXT: h_0 = U W_e + W_p; h_l = block(h_{l-1}); P(u) = softmax(h_n W_e^T); GPT-2 adds a LayerNorm before the head.
+    PAPER: "Improving Language Understanding by Generative Pre-Training" (GPT-1), section 3.1; GPT-2, section 2.3.
+    PAPER CONTEXT: h_0 = U W_e + W_p; h_l = block(h_{l-1}); P(u) = softmax(h_n W_e^T); GPT-2 adds a final norm.
     INTUITION: every position predicts its successor, so one text of T tokens is T training examples at once.
     IMPLEMENTATION: learned token and position embeddings, L blocks, final norm, head; weights drawn as in GPT-2.
     WHY: predicting the next token needs no labels, and everything in the text helps to do it better.
@@ -268,16 +268,18 @@ class GPT(nn.Module):
 
         PAPER: GPT-1, section 3.1, equation 1.
         PAPER CONTEXT: maximise sum_i log P(u_i | u_{i-k}, ..., u_{i-1}).
-        INTUITION: the loss is the surprise per token in nats; exp(loss) is how many tokens the model hesitates between.
-        IMPLEMENTATION: tokens (B, T) -> logits (B, T, V); with targets (B, T), targets[t] = tokens[t + 1], the mean loss.
+        INTUITION: the loss is the surprise per token in nats; exp(loss) is among how many tokens the model wavers.
+        IMPLEMENTATION: tokens (B, T) -> logits (B, T, V); with targets (B, T), one token ahead, the mean loss.
         WHY: one forward serves training (loss) and sampling (logits).
 
         Raises ValueError if T exceeds block_size.
         """
-        T = tokens.size(1)
-        if T > self.config.block_size:
-            raise ValueError(f"{T} tokens exceed block_size={self.config.block_size}: pass the last block_size tokens")
-        positions = torch.arange(T, device=tokens.device)
+        n_tokens = tokens.size(1)
+        if n_tokens > self.config.block_size:
+            raise ValueError(
+                f"{n_tokens} tokens exceed block_size={self.config.block_size}: pass the last block_size tokens"
+            )
+        positions = torch.arange(n_tokens, device=tokens.device)
         x = self.token_embedding(tokens) + self.position_embedding(positions)  # (B, T, C)
         x = self.embedding_dropout(x)
         for block in self.blocks:

@@ -33,7 +33,7 @@ def next_token_probabilities(
     PAPER: "The Curious Case of Neural Text Degeneration", arXiv:1904.09751, section 3.1 (top-p) and 3.3 (temperature);
         "Hierarchical Neural Story Generation", arXiv:1805.04833 (top-k).
     PAPER CONTEXT: the unreliable tail of the distribution derails a text; nucleus sampling keeps the smallest set of
-        tokens whose probability reaches p, so that it adapts to how sure the model is, where top-k keeps a fixed number.
+        tokens whose probability reaches p, and so adapts to how sure the model is; top-k keeps a fixed number.
     INTUITION: temperature bends the odds, top-k says "one of the k best", top-p "of those that share 90% of the odds".
     IMPLEMENTATION: divide by the temperature, drop all below the k-th logit, then the tail beyond p; renormalise.
         Temperature 0 gives all probability to the largest logit. Tokens that tie with the k-th are kept.
@@ -74,7 +74,7 @@ def steps(
 ) -> Iterator[Tensor]:
     """Yield one new token per row, again and again: tokens (B, T) -> each time (B,).
 
-    PAPER: "Improving Language Understanding by Generative Pre-Training" (GPT-1), section 3.1, equation 1, read forwards.
+    PAPER: "Improving Language Understanding by Generative Pre-Training" (GPT-1), section 3.1, equation 1.
     PAPER CONTEXT: P(text) is the product of P(u_i | what came before); sampling draws its factors one by one.
     INTUITION: ask for the next character, append it, ask again.
     IMPLEMENTATION: the last `block_size` tokens go through the model; its last position's logits make the next token.

@@ -43,7 +43,12 @@ PATTERNS = {"gpt2": GPT2, "gpt2_digits": GPT2_DIGITS, "gpt4": GPT4, "gpt4_digits
 # Other spellings of the same expressions, as they are found in the files of others.
 SPELLINGS = {r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""": GPT2}
 
-LETTER, NUMBER, BLANK, LINE_END, VISIBLE = 1, 2, 4, 8, 16  # one bit each, so that a set of classes is a mask
+# Classes of characters. Those letters that occur in contractions have classes of their own, each in lower and upper case.
+LETTER, S_D_M_T, L, V_R, E, UPPER_S_D_M_T, UPPER_L, UPPER_V_R, UPPER_E = range(9)
+NUMBER, SPACE, BLANK, LINE_END, VISIBLE, APOSTROPHE, END = range(9, 16)  # END: behind the last character
+WORD_LETTERS = tuple(range(9))
+BLANKS, VISIBLES = (SPACE, BLANK, LINE_END), (VISIBLE, APOSTROPHE)
+LETTERS_OF = {"sdmt": (S_D_M_T, UPPER_S_D_M_T), "l": (L, UPPER_L), "vr": (V_R, UPPER_V_R), "e": (E, UPPER_E)}
 
 
 def resolve_pattern(pattern: str) -> str:
@@ -74,7 +79,9 @@ def compile_pattern(expression: str) -> regex.Pattern:
     out, inside, i = [], False, 0
     while i < len(expression):
         escaped = expression[i] == "\\"
-        token = expression[i : i + 5] if expression.startswith((r"\p{L}", r"\p{N}"), i) else expression[i : i + 1 + escaped]
+        token = (
+            expression[i : i + 5] if expression.startswith((r"\p{L}", r"\p{N}"), i) else expression[i : i + 1 + escaped]
+        )
         if len(token) == 5:
             ranges = letters if token == r"\p{L}" else numbers
             out.append(ranges if inside else f"[{ranges}]")
@@ -111,14 +118,19 @@ def split(text: str, expression: str) -> list[str]:
 @lru_cache(maxsize=1)
 def character_classes() -> np.ndarray:
     """
-    One byte for each of the 0x110000 code points: LETTER, NUMBER, BLANK, LINE_END or VISIBLE (all the rest).
+    One byte for each of the 0x110000 code points: its class, LETTER to APOSTROPHE.
 
-    >>> bool(character_classes()[ord("é")] == LETTER)
+    >>> [int(character_classes()[ord(c)]) for c in "é7 ?"] == [LETTER, NUMBER, SPACE, VISIBLE]
     True
     """
     classes = np.full(0x110000, VISIBLE, dtype=np.uint8)
     for ranges, label in ((LETTERS, LETTER), (NUMBERS, NUMBER), (WHITE_SPACE, BLANK)):
         for first, last in parse_ranges(ranges):
             classes[first : last + 1] = label
-    classes[[ord("\n"), ord("\r")]] = LINE_END
+    for letters, (lower, upper) in LETTERS_OF.items():
+        classes[[ord(c) for c in letters]] = lower
+        classes[[ord(c) for c in letters.upper()]] = upper
+    classes[0x17F] = UPPER_S_D_M_T  # the long s: an s where case is ignored
+    for char, label in ((" ", SPACE), ("\n", LINE_END), ("\r", LINE_END), ("'", APOSTROPHE)):
+        classes[ord(char)] = label
     return classes

@@ -149,7 +149,7 @@ def measure_gpu(report, s, device):
         report.row(f"124M training step against {peer}, in turn", rate[0], "tok/s", spread=rate[1:],
                    peer=rivals[peer].tokens / timings[peer].median, peer_name=peer + ", torch.compile",
                    limit=limit, limit_name="all FLOPs at 771 TFLOP/s",
-                   note=f"bf16, micro batch {micro} x 1024, {micros} of them a step, AdamW and clipping included")  # fmt: skip
+                   note=f"bf16, {micros} micro batches of {micro} x 1024 a step, AdamW and clipping included")  # fmt: skip
     if not s.NANOGPT:
         report.skip("124M training step against nanoGPT", "needs a checkout of karpathy/nanoGPT: --nanogpt PATH")
     mfu = rate[0] * flops_per_token(rivals["ours"].model, 1024) / peak_flops(device)

@@ -58,11 +58,12 @@ PROMPT = "The "  # how samples begin
 SIZE = "small"  # download_data.py: small, medium or large
 SOURCE = "fineweb"  # download_data.py: fineweb, wikipedia or wikitext
 NO_FALLBACK = False  # download_data.py: fail instead of taking the bundled sample
-TRAIN_DATA_PATH = os.path.join(_ROOT, "data", "pretrain_train.txt")  # text: one document per line, or .jsonl
+TRAIN_DATA_PATH = os.path.join(_ROOT, "data", "pretrain_train.txt")  # text files: commas between, or a pattern
 DATA_DIR = os.path.join(_ROOT, "data", "pretrain")  # tokenised data: train.bin, val.bin
 TOKENIZER = "gpt2" if _GPU else os.path.join(_ROOT, "checkpoints", "project3", "tokenizer.pkl")  # gpt2, .pkl or .json
 VOCAB_SIZE = 50257 if _GPU else 4096  # of a tokenizer that has to be trained first
 NUM_SPECIAL_TOKENS = 1  # <|endoftext|>
+VAL_DATA_PATH: str | None = None  # a held-out text of its own; none: VAL_FRACTION of the documents
 VAL_FRACTION = 0.02  # part of the documents held out
 NUM_WORKERS = os.cpu_count() or 1  # threads of tokenisation
 

@@ -89,14 +89,16 @@ class TokenDataset:
         return Batches(self, seed, batch_size, micro_batch_size, rank, world_size)
 
     def windows(self, batch_size, max_tokens=None):
-        """Windows that do not overlap, for evaluation: yields (tokens, targets), each (up to batch_size, block_size).
+        """Windows that do not overlap, for evaluation: yields (tokens, targets), each (batch_size, block_size).
 
-        Without `max_tokens` they cover every target of the file exactly once: the last window is filled up with
-        targets of -100. With it, whole windows evenly spread over the file, the same ones every time.
+        Without `max_tokens` they cover every target of the file exactly once. With it, windows evenly spread over the
+        file, the same ones every time. What is left of the last batch is filled up with targets of -100, so that
+        all batches have one shape (a compiled model needs that); a single batch may be smaller.
         """
         total, block = len(self), self.block_size
         wanted = total if max_tokens is None else min(total, max(1, max_tokens // block))
         chosen = np.arange(wanted) * total // wanted
+        batch_size = min(batch_size, wanted)
         for first in range(0, wanted, batch_size):
             starts = chosen[first : first + batch_size] * block
             full = starts + block < self.n_tokens
@@ -105,7 +107,8 @@ class TokenDataset:
                 rest = torch.from_numpy(np.asarray(self.tokens[starts[-1] :]).astype(np.int64))
                 tokens[-1], targets[-1] = 0, IGNORE
                 tokens[-1, : len(rest) - 1], targets[-1, : len(rest) - 1] = rest[:-1], rest[1:]
-            yield tokens, targets
+            missing = (0, 0, 0, batch_size - len(starts))
+            yield torch.nn.functional.pad(tokens, missing), torch.nn.functional.pad(targets, missing, value=IGNORE)
 
 
 class Batches:

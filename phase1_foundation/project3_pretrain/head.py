@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from phase1_foundation.project3_pretrain.positions import draw
+
 IGNORE = -100  # a target that costs nothing
 
 # loss(x (..., C), weight (V, C), targets (...)) -> nats per token (...), float32
@@ -117,7 +119,7 @@ class Head(nn.Module):
     def __init__(self, config, embed: nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.n_embd))
-        nn.init.normal_(self.weight, std=0.02)
+        draw(self.weight)
         self.loss: Loss = plain_nll
 
     def forward(self, x: Tensor) -> Tensor:

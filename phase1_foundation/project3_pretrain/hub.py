@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.checkpoint import atomic_path, atomic_write
-from phase1_foundation.project3_pretrain.gguf import to_gguf
-from phase1_foundation.project3_pretrain.hub_mapping import FAMILIES, Family, Rule
+from phase1_foundation.project3_pretrain.gguf_export import to_gguf
+from phase1_foundation.project3_pretrain.hub_mapping import FAMILIES, Family, Rule, plain_state
 from phase1_foundation.project3_pretrain.hub_tokenizer import read_tokenizer, write_tokenizer
 from phase1_foundation.project3_pretrain.model import ModelConfig, Transformer
 
@@ -37,7 +37,7 @@ def from_huggingface(path_or_repo, device="cpu", dtype: torch.dtype | None = Non
     PAPER: "LLaMA: Open and Efficient Foundation Language Models", arXiv:2302.13971, section 2.2; GPT-2, section 2.3.
     PAPER CONTEXT: published weights are worth what the architecture around them computes: every detail must agree.
     INTUITION: a dictionary between two dialects of one language; the tables are in hub_mapping.py.
-    IMPLEMENTATION: the model is built on `meta`, names and shapes are compared, then tensor by tensor is read into place.
+    IMPLEMENTATION: the model is built on `meta`, names and shapes are compared, then each tensor is read into place.
     WHY: every later project works on published models, not only on those trained here.
 
     Args:
@@ -87,8 +87,8 @@ def to_huggingface(model: nn.Module, tokenizer, path, family: str | None = None,
     strangers = sorted(set(state) - {name for rule in rules for name in rule.ours})
     if strangers:
         raise ValueError(
-            f"{len(strangers)} tensors have no place in a {chosen.model_type} folder ({', '.join(strangers[:4])}): merge or "
-            f"undo what changed the model first"
+            f"{len(strangers)} tensors have no place in a {chosen.model_type} folder ({', '.join(strangers[:4])}): "
+            f"merge or undo what changed the model first"
         )
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def resolve_folder(path_or_repo) -> Path:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise FileNotFoundError(
             f"{path_or_repo} is no folder here and could not be fetched from the Hugging Face hub ({reason}). Missing: "
-            f"config.json and *.safetensors. Check the name and the connection, or give a folder that holds these files."
+            f"config.json and *.safetensors. Check the name and the connection, or give a folder that holds them."
         ) from error
 
 
@@ -140,6 +140,8 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
             f"{folder}: the architecture {kind!r} ({', '.join(theirs.get('architectures') or ['unnamed'])}) is not "
             f"supported; supported are {', '.join(FAMILIES)} (SmolLM is a llama)"
         )
+    if theirs.get("quantization_config"):
+        raise ValueError(f"{folder}: quantized weights are not read; use the folder of the unquantized model")
     return FAMILIES[kind], FAMILIES[kind].read_config(theirs)
 
 
@@ -155,17 +157,9 @@ def choose_family(config: ModelConfig, name: str | None = None) -> Family:
     reasons = "; ".join(
         f"{kind} cannot express {', '.join(f'{k}={v}' for k, v in loss.items())}" for kind, loss in losses.items()
     )
-    raise ValueError(f"no Hugging Face architecture computes this model: {reasons}. Save it as a .pt checkpoint instead.")
-
-
-def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict, with swapped layers (whatever has `to_linear`) as the plain linear layers they stand for."""
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    for name, module in model.named_modules():
-        if hasattr(module, "to_linear"):
-            state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.")}
-            state |= {f"{name}.{key}": tensor.detach() for key, tensor in module.to_linear().state_dict().items()}
-    return state
+    raise ValueError(
+        f"no Hugging Face architecture computes this model: {reasons}. Save it as a .pt checkpoint instead."
+    )
 
 
 class _Stored:
@@ -202,14 +196,14 @@ def _weight_files(folder: Path) -> list[Path]:
     pickles = sorted(path.name for path in folder.glob("*.bin"))
     if pickles:
         raise ValueError(
-            f"{folder} holds {pickles[0]}, a pickle that could run code when read: only safetensors are. Convert it with "
-            f"transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
+            f"{folder} holds {pickles[0]}, a pickle that could run code when read: only safetensors are. Convert it "
+            f"with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
         )
     raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: the download is incomplete, fetch it again")
 
 
 def _match(model: Transformer, family: Family, stored: dict[str, _Stored], folder: Path) -> list[Rule]:
-    """The rules that fill `model`; raises ValueError naming tensors that are missing, unexpected or of a wrong shape."""
+    """The rules that fill `model`; raises ValueError naming what is missing, unexpected or of a wrong shape."""
     state = model.state_dict()
     rules = [rule for rule in family.tensor_rules(model.config.n_layer) if rule.ours[0] in state]
     needed = {rule.theirs: tuple(rule.join([state[name] for name in rule.ours]).shape) for rule in rules}

@@ -1,7 +1,7 @@
 """Tables between our names and those of Hugging Face's `transformers`, read in both directions by hub.py.
 
-A family says how its config.json and its tensors are spelled. Nothing here looks at a model: adding a family is adding a
-table. What a family cannot express shows when a config is written and read back: the two differ (`inexpressible`).
+A family says how its config.json and its tensors are spelled. Nothing here looks at a model: adding a family is adding
+a table. What a family cannot express shows when a config is written and read back: the two differ (`inexpressible`).
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from phase1_foundation.project3_pretrain.model_config import ModelConfig
 
@@ -71,7 +71,9 @@ class Family:
         """config.json -> ModelConfig; raises ValueError for what this project does not compute."""
         for name, allowed in self.demands.items():
             if (value := theirs.get(name, allowed[0])) not in allowed:
-                raise ValueError(f"config.json: {name}={value!r} is not supported for {self.model_type}, only {allowed}")
+                raise ValueError(
+                    f"config.json: {name}={value!r} is not supported for {self.model_type}, only {allowed}"
+                )
         values = dict(self.fixed)
         for ours, (name, default, translation) in self.fields.items():
             value = theirs.get(name, default)
@@ -115,6 +117,16 @@ class Family:
     def canonical(self, name: str) -> str:
         """A tensor's full name, for a checkpoint that holds the bare decoder too."""
         return name if name.startswith((self.prefix, "lm_head.")) else self.prefix + name
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict, with swapped layers (whatever has `to_linear`) as the plain linear layers they stand for."""
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    for name, module in model.named_modules():
+        if hasattr(module, "to_linear"):
+            state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.")}
+            state |= {f"{name}.{key}": tensor.detach() for key, tensor in module.to_linear().state_dict().items()}
+    return state
 
 
 # --- rotary positions: `rope_parameters` since transformers 5, `rope_theta` and `rope_scaling` before ---
@@ -178,7 +190,9 @@ def _write_uniform(config: ModelConfig) -> dict:
 def _read_layered(theirs: dict, n_layer: int) -> dict:
     window = theirs.get("sliding_window", 4096) if theirs.get("use_sliding_window", False) else None
     first = theirs.get("max_window_layers", 28)
-    kinds = theirs.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(n_layer)]
+    kinds = theirs.get("layer_types") or [
+        "sliding_attention" if i >= first else "full_attention" for i in range(n_layer)
+    ]
     windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
     return {"windows": windows if any(windows) else None}
 

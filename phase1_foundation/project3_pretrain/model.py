@@ -12,7 +12,7 @@ Each component is explained with paper references for educational purposes.
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +21,12 @@ from phase1_foundation.project3_pretrain.head import HEADS, Loss, autocast_dtype
 from phase1_foundation.project3_pretrain.layers import MLPS, NORMS, Attention, Block
 from phase1_foundation.project3_pretrain.model_config import ModelConfig
 from phase1_foundation.project3_pretrain.plans import Causal, Kernel, LayerSpec, Plan, sdpa
-from phase1_foundation.project3_pretrain.positions import POSITIONS
+from phase1_foundation.project3_pretrain.positions import INIT_STD, POSITIONS, draw
 from phase1_foundation.project3_pretrain.presets import PRESETS
 
 __all__ = ["PRESETS", "Auxiliary", "Embedding", "ModelConfig", "Transformer"]
 
-INIT_STD = 0.02
 
-
-@runtime_checkable
 class Auxiliary(Protocol):
     """A module that adds a term of its own to the loss (a router's balance, say)."""
 
@@ -50,7 +47,8 @@ class Embedding(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        weight = torch.empty(config.vocab_size, config.n_embd)  # drawn by Transformer.initialise
+        self.tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         self.positions = POSITIONS[config.positions].embedding(config)
         self.dropout = nn.Dropout(config.dropout)
         self.stream: Callable[[Tensor], torch.dtype] = autocast_dtype
@@ -111,7 +109,7 @@ class Transformer(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 residual = name.endswith(("o_proj", "down_proj"))
-                nn.init.normal_(module.weight, std=residual_std if residual else INIT_STD)
+                draw(module.weight, residual_std if residual else INIT_STD)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
@@ -162,7 +160,9 @@ class Transformer(nn.Module):
         return sum((module.auxiliary_losses() for module in self._reporting()), start=zero)
 
     def _reporting(self) -> Iterator[Auxiliary]:
-        return (module for module in self.modules() if module is not self and isinstance(module, Auxiliary))
+        # By class and attribute: `isinstance` of a protocol takes ten times as long, in every step.
+        reporting = (module for module in self.modules() if hasattr(type(module), "auxiliary_losses"))
+        return (module for module in reporting if module is not self)
 
     def n_parameters(self, embeddings: bool = True) -> int:
         """Number of trained values, each counted once; without `embeddings`, those of blocks and norm alone."""

@@ -65,7 +65,8 @@ class ModelConfig:
         if self.n_ff is None:
             object.__setattr__(self, "n_ff", MLPS[self.mlp].default_n_ff(self.n_embd))
         if self.windows is not None:
-            object.__setattr__(self, "windows", tuple(self.windows))
+            windows = tuple(self.windows)
+            object.__setattr__(self, "windows", windows if any(w is not None for w in windows) else None)
         self._validate()
 
     def _validate(self):

@@ -16,6 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+INIT_STD = 0.02  # GPT-1's and GPT-2's standard deviation
+
+
+def draw(weight: Tensor, std: float = INIT_STD) -> None:
+    """Fill with normal noise; on `meta` there is nothing to fill (and trying would import half of PyTorch)."""
+    if not weight.is_meta:
+        nn.init.normal_(weight, std=std)
+
 
 class LearnedPositions(nn.Module):
     """One trained vector per position, added to the token embedding.
@@ -30,7 +38,7 @@ class LearnedPositions(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.block_size, config.n_embd))
-        nn.init.normal_(self.weight, std=0.02)
+        draw(self.weight)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """Add the vectors of `positions` (...) to x (..., C)."""
@@ -78,7 +86,8 @@ class Rotation(nn.Module):
         super().__init__()
         self.block_size, self.head_size = config.block_size, config.head_size
         self.theta, self.scaling = config.rope_theta, config.rope_scaling
-        self.register_buffer("table", self._build(device=None), persistent=False)
+        table = torch.empty(self.block_size, self.head_size, dtype=torch.float32)
+        self.register_buffer("table", table if table.is_meta else self._build(table.device), persistent=False)
 
     def _build(self, device) -> Tensor:
         frequencies = rope_frequencies(self.head_size, self.theta, self.scaling, device)  # (D/2,)

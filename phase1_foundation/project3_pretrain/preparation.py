@@ -12,13 +12,10 @@ Each component is explained with paper references for educational purposes.
 import contextlib
 import glob
 import hashlib
-import itertools
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from common import DATA, ROOT
-from common.checkpoint import atomic_write
 from common.download import read_documents
 from common.progress import track
 from phase1_foundation.project3_pretrain.token_file import (
@@ -26,6 +23,7 @@ from phase1_foundation.project3_pretrain.token_file import (
     TokenFileError,
     TokenWriter,
     digest,
+    encode_all,
     fingerprint_of,
     read_header,
 )
@@ -36,7 +34,7 @@ VOCABULARY_BYTES = 200 << 20  # text that a vocabulary is learned from, at most
 GPT2_FILES = (DATA / "gpt2" / "encoder.json.gz", DATA / "gpt2" / "vocab.bpe.gz")
 
 
-def prepare(settings, only_load_tokenizer=False):
+def prepare(settings, only_load_tokenizer=False, refresh=False):
     """
     Make ``train.bin`` and ``val.bin`` in DATA_DIR out of the text at TRAIN_DATA_PATH, unless they stand already
 
@@ -45,30 +43,34 @@ def prepare(settings, only_load_tokenizer=False):
     INTUITION: chop once, cook many times: tokenising takes minutes, every later run opens the result in milliseconds.
     IMPLEMENTATION: a hash of each document's text decides whether it is held out, so the split depends on neither the
         order nor the machine, and a document that occurs twice cannot be on both sides. Batches of documents are
-        encoded by NUM_WORKERS threads while the next batch is read. A vocabulary that does not exist yet is learned first.
+        encoded by NUM_WORKERS threads while the next batch is read. A vocabulary that does not exist is learned first.
     WHY: preparing again after a change must be safe, and free when nothing has changed.
 
     Args:
         settings: with TRAIN_DATA_PATH (a file, a pattern such as ``data/corpus/*.jsonl.zst``, or several with commas
-            between them), DATA_DIR, TOKENIZER, VOCAB_SIZE, VAL_FRACTION and NUM_WORKERS; optionally VAL_DATA_PATH,
-            a held-out text of its own.
+            between them), DATA_DIR, TOKENIZER, VOCAB_SIZE, VAL_FRACTION, VAL_DATA_PATH (a held-out text of its own,
+            or None) and NUM_WORKERS.
         only_load_tokenizer: prepare nothing, just load the tokenizer that the prepared data belong to.
+        refresh: make tokens that stand anew if they come from another text than the settings name. Without it, that
+            happens only when a flag named the text: who trains after ``prepare_data.py --train_data_path ...`` gets
+            those tokens.
 
     Returns:
         The tokenizer.
 
     Raises:
         FileNotFoundError: there is no such text or tokenizer.
-        ValueError: nothing is left for one of the two files.
+        ValueError: nothing is left for one of the two files, or (without `refresh`) the tokens that stand belong to
+            another tokenizer.
         OSError: the disk is full; what stood there before is untouched.
     """
-    if only_load_tokenizer:
+    folder = Path(settings.DATA_DIR)
+    if only_load_tokenizer or (not refresh and keeps(settings, folder)):
         return load_tokenizer(settings.TOKENIZER)
-    inputs = find_inputs(settings.TRAIN_DATA_PATH)
-    held_out = getattr(settings, "VAL_DATA_PATH", None)
-    held_out = find_inputs(held_out) if held_out else []
+    inputs = training_text(settings)
+    held_out = find_inputs(settings.VAL_DATA_PATH) if settings.VAL_DATA_PATH else []
     tokenizer = ensure_tokenizer(settings, inputs)
-    folder, plan = Path(settings.DATA_DIR), {"prepared_from": describe(inputs, held_out, settings.VAL_FRACTION)}
+    plan = {"prepared_from": describe(inputs, held_out, settings.VAL_FRACTION)}
     if stands(folder, tokenizer, plan):
         print(f"{folder} holds the tokens of this text already")
         return tokenizer
@@ -101,7 +103,7 @@ def tokenise(inputs, tokenizer, train, val, fraction, workers=1):
         label = "tokenising"
         plain = all(path.suffix in (".txt", ".jsonl") for path in inputs)  # else the size of the text is unknown
         for batch in track(batches, total if plain else None, label, "B", size=lambda item: sum(map(len, item))):
-            future = encoder.submit(tokenizer.encode_batch, batch, num_threads=workers)
+            future = encoder.submit(encode_all, tokenizer, batch, workers)
             if pending:
                 _write(*pending, train, val, fraction)
             pending = (batch, future)
@@ -139,6 +141,15 @@ def is_held_out(text, fraction):
     return number < fraction * 2**64
 
 
+def training_text(settings):
+    """The files of TRAIN_DATA_PATH; the bundled sample where nobody downloaded or named a text."""
+    default = "TRAIN_DATA_PATH" not in getattr(settings, "overrides", ("TRAIN_DATA_PATH",))
+    if default and not Path(str(settings.TRAIN_DATA_PATH)).exists():
+        print(f"There is no {settings.TRAIN_DATA_PATH} (download_data.py gets it): taking the bundled {SAMPLE.name}")
+        return [SAMPLE]
+    return find_inputs(settings.TRAIN_DATA_PATH)
+
+
 def find_inputs(paths):
     """The files that a path, a pattern, or several of them with commas between, stand for.
 
@@ -146,12 +157,13 @@ def find_inputs(paths):
         FileNotFoundError: one of them stands for no file.
     """
     found = []
-    for path in filter(None, (part.strip() for part in str(paths).split(","))):
+    listed = paths if isinstance(paths, list) else str(paths).split(",")
+    for path in filter(None, (str(part).strip() for part in listed)):
         files = [Path(path)] if Path(path).is_file() else [Path(name) for name in sorted(glob.glob(path))]
         if not files:
             shown = SAMPLE.relative_to(ROOT).as_posix()
             raise FileNotFoundError(
-                f"TRAIN_DATA_PATH={path} does not exist: get text with `uv run python "
+                f"{path} does not exist: get text with `uv run python "
                 f"phase1_foundation/project3_pretrain/download_data.py`, or name some, "
                 f"such as `--train_data_path {shown}`"
             )
@@ -168,16 +180,35 @@ def describe(inputs, held_out, fraction):
     }
 
 
+def headers_of(folder):
+    """The headers of ``train.bin`` and ``val.bin``; none if one of the two is missing or damaged."""
+    try:
+        return [read_header(folder / name) for name in ("train.bin", "val.bin")]
+    except (OSError, TokenFileError):
+        return []
+
+
 def stands(folder, tokenizer, plan):
     """Whether both files are there, sound, and made from the same text with the same tokenizer."""
-    try:
-        headers = [read_header(folder / name) for name in ("train.bin", "val.bin")]
-    except (OSError, TokenFileError):
-        return False
-    return all(
+    headers = headers_of(folder)
+    return bool(headers) and all(
         header["tokenizer"] == fingerprint_of(tokenizer) and header.get("prepared_from") == plan["prepared_from"]
         for header in headers
     )
+
+
+def keeps(settings, folder):
+    """Whether to take the tokens that stand, whatever text they come from: they are sound, and no flag names a text."""
+    headers = headers_of(folder)
+    if not headers or {"TRAIN_DATA_PATH", "VAL_DATA_PATH", "VAL_FRACTION"} & set(getattr(settings, "overrides", ())):
+        return False
+    if any(header["tokenizer"] != fingerprint_of(load_tokenizer(settings.TOKENIZER)) for header in headers):
+        raise TokenFileError(
+            f"{folder} holds tokens of another tokenizer than TOKENIZER={settings.TOKENIZER}: name theirs with "
+            f"--tokenizer, run prepare_data.py to replace them, or use another --data_dir"
+        )
+    print(f"{folder} holds {headers[0]['tokens']:,} tokens of {headers[0]['source']}")
+    return True
 
 
 def refuse_empty(train, val, fraction):
@@ -192,29 +223,35 @@ def refuse_empty(train, val, fraction):
 
 
 def ensure_tokenizer(settings, inputs):
-    """The tokenizer that TOKENIZER names; a ``.pkl`` that does not exist yet is learned from the text and saved there."""
+    """The tokenizer that TOKENIZER names; a ``.pkl`` that does not exist yet is learned from the text and saved."""
     path = Path(settings.TOKENIZER)
     if settings.TOKENIZER == "gpt2" or path.suffix != ".pkl" or path.exists():
-        return load_tokenizer(settings.TOKENIZER)
+        tokenizer = load_tokenizer(settings.TOKENIZER)
+        if "VOCAB_SIZE" in getattr(settings, "overrides", ()) and tokenizer.vocab_size != settings.VOCAB_SIZE:
+            raise ValueError(
+                f"VOCAB_SIZE={settings.VOCAB_SIZE}, but TOKENIZER={settings.TOKENIZER} has {tokenizer.vocab_size} "
+                f"tokens: leave VOCAB_SIZE out, or name a .pkl that does not exist yet"
+            )
+        return tokenizer
     from phase1_foundation.project2_tokenizer.tokenizer import BPETokenizer
 
     print(f"Learning a vocabulary of {settings.VOCAB_SIZE} tokens from the text into {path}")
-    tokenizer = BPETokenizer.train(
-        _sample(inputs), vocab_size=settings.VOCAB_SIZE, special_tokens=[END_OF_TEXT], rule="merges"
-    )
+    texts = _sample(inputs, settings.VAL_FRACTION)
+    tokenizer = BPETokenizer.train(texts, settings.VOCAB_SIZE, special_tokens=[END_OF_TEXT], rule="merges")
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(path)
     return tokenizer
 
 
-def _sample(inputs):
-    """Documents to learn a vocabulary from: those that are not held out, up to VOCABULARY_BYTES, from all inputs alike."""
+def _sample(inputs, fraction):
+    """Documents to learn a vocabulary from: not the held-out ones; up to VOCABULARY_BYTES, from all inputs alike."""
     for path in inputs:
         left = VOCABULARY_BYTES // len(inputs)
         for document in read_documents(path):
-            yield document
-            left -= len(document)
-            if left <= 0:
+            if left > 0 and not is_held_out(document, fraction):
+                yield document
+                left -= len(document)
+            elif left <= 0:
                 break
 
 
@@ -232,15 +269,15 @@ def load_tokenizer(spec):
         FileNotFoundError: there is no such file.
         ValueError: neither a name nor a path of a known kind.
     """
+    path = Path(spec)
+    if str(spec) != "gpt2" and path.suffix not in (".pkl", ".json"):
+        raise ValueError(f"TOKENIZER={spec} is unknown: use gpt2, or the path of a .pkl or a tokenizer.json")
+    if str(spec) != "gpt2" and not path.is_file():
+        raise FileNotFoundError(
+            f"TOKENIZER={spec} does not exist: prepare_data.py learns a missing .pkl from the text, or use gpt2"
+        )
     from phase1_foundation.project2_tokenizer.tokenizer import BPETokenizer  # brings numba: only when needed
 
     if str(spec) == "gpt2":
         return BPETokenizer.from_gpt2_files(*GPT2_FILES)
-    path = Path(spec)
-    if path.suffix not in (".pkl", ".json"):
-        raise ValueError(f"TOKENIZER={spec} is unknown: use gpt2, or the path of a .pkl or a tokenizer.json")
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"TOKENIZER={spec} does not exist: prepare_data.py learns a missing .pkl from the text, or use gpt2"
-        )
     return BPETokenizer.load(path) if path.suffix == ".pkl" else BPETokenizer.from_huggingface(path)

@@ -83,7 +83,7 @@ class TokenWriter:
 
     def __init__(self, path, tokenizer, source="", extra=None):
         self.path = Path(path)
-        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self.temporary = self.path.with_name(f".{self.path.name}.tmp")
         self.tokenizer, self.source, self.extra = tokenizer, source, extra or {}
         self.vocab_size = tokenizer.vocab_size
         self.dtype = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
@@ -156,6 +156,13 @@ class TokenWriter:
             ) from error
 
 
+def encode_all(tokenizer, texts, workers=None):
+    """The tokens of many texts, by as many threads as the tokenizer can use."""
+    if hasattr(tokenizer, "encode_batch"):
+        return tokenizer.encode_batch(texts, num_threads=workers)
+    return [tokenizer.encode(text) for text in texts]
+
+
 def write_tokens(path, texts, tokenizer, source="", batch_bytes=4 << 20):
     """Tokenise an iterator of texts into a token file (one process, in batches); returns the header."""
     with TokenWriter(path, tokenizer, source) as writer:
@@ -164,10 +171,10 @@ def write_tokens(path, texts, tokenizer, source="", batch_bytes=4 << 20):
             batch.append(text)
             size += len(text)
             if size >= batch_bytes:
-                writer.add(tokenizer.encode_batch(batch))
+                writer.add(encode_all(tokenizer, batch))
                 batch, size = [], 0
         if batch:
-            writer.add(tokenizer.encode_batch(batch))
+            writer.add(encode_all(tokenizer, batch))
     return read_header(path)
 
 

@@ -25,15 +25,11 @@ from phase1_foundation.project3_pretrain.token_file import separator
 
 @dataclass(frozen=True)
 class BlimpScore:
-    """What `blimp` found: `accuracy` is the mean over paradigms, which `paradigms` lists by name."""
+    """What `blimp` found: `accuracy` is the unweighted mean over `paradigms` (by name); guessing gives 0.5."""
 
+    accuracy: float
     paradigms: dict[str, float]
     pairs: int
-
-    @property
-    def accuracy(self):
-        """The unweighted mean over paradigms; guessing gives 0.5."""
-        return sum(self.paradigms.values()) / len(self.paradigms)
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,8 @@ def blimp(model, tokenizer, path, limit=None, dtype=None):
     rows = [(mark, tokenizer.encode(sentence)) for pair in pairs for sentence in pair]
     nats = iter([nats for nats, _ in continuations(model, rows, dtype)])
     found = {name: [next(nats) < next(nats) for _ in group] for name, group in groups.items()}
-    return BlimpScore({name: sum(right) / len(right) for name, right in sorted(found.items())}, len(pairs))
+    paradigms = {name: sum(right) / len(right) for name, right in sorted(found.items())}
+    return BlimpScore(sum(paradigms.values()) / len(paradigms), paradigms, len(pairs))
 
 
 def lambada(model, tokenizer, path, limit=None, dtype=None):
