@@ -42,10 +42,10 @@ REPORT_DIR = str(ROOT / "report")  # report.md with curves and samples
 OUT_DIR = str(CHECKPOINTS / "speedrun")  # tokenizer, checkpoints, metrics
 DATA_DIR = str(DATA / "speedrun")  # tokenised data
 
-BUNDLED = DATA / "sample_corpus.jsonl.xz"
-PROMPTS = ("The ", "Once upon a time", "ROMEO:\n", "Water is")
+_BUNDLED = DATA / "sample_corpus.jsonl.xz"
+_PROMPTS = ("The ", "Once upon a time", "ROMEO:\n", "Water is")
 # preset -> flags of train_pretrain.py
-TRAINING = {
+_TRAINING = {
     "cpu": ["--model", "cpu-small", "--block_size", "128", "--batch_tokens", "4096", "--max_steps", "500"],
     "h100": ["--model", "llama-125m", "--block_size", "1024", "--batch_tokens", "491520", "--max_steps", "1000"],
     "quick": ["--model", "cpu-tiny", "--block_size", "64", "--batch_tokens", "2048", "--max_steps", "40",
@@ -56,8 +56,8 @@ TRAINING = {
 def validate_config(settings=None):
     """Refuse what cannot work."""
     s = settings or sys.modules[__name__]
-    if s.PRESET not in TRAINING:
-        raise ValueError(f"PRESET={s.PRESET} is unknown: use one of {', '.join(TRAINING)}")
+    if s.PRESET not in _TRAINING:
+        raise ValueError(f"PRESET={s.PRESET} is unknown: use one of {', '.join(_TRAINING)}")
     if s.PRESET == "h100" and s.DEVICE != "cuda":
         raise ValueError(f"PRESET=h100 needs a GPU, and DEVICE={s.DEVICE}: use --preset cpu")
     if s.VOCAB_SIZE < 257:
@@ -77,10 +77,10 @@ def main(argv=None):
 
 def speedrun(s):
     """The way from text to a report, stage by stage."""
-    out, texts = Path(s.OUT_DIR), [Path(text) for text in s.TEXT] or [BUNDLED]
+    out, texts = Path(s.OUT_DIR), [Path(text) for text in s.TEXT] or [_BUNDLED]
     tokenizer, train, val = out / "tokenizer.pkl", Path(s.DATA_DIR) / "train.bin", Path(s.DATA_DIR) / "val.bin"
     best, scores = out / "best.pt", out / "scores.json"
-    flags = TRAINING["quick" if s.QUICK else s.PRESET]
+    flags = _TRAINING["quick" if s.QUICK else s.PRESET]
     stages = Stages(out / "stages.json")
     stages.run("tokenizer and data", lambda fresh: prepare(texts, tokenizer, s), files=texts,
                settings=s.VOCAB_SIZE, outputs=[tokenizer, train, val])  # fmt: skip
@@ -121,7 +121,7 @@ def evaluate(best, train, val, s, path):
         "xz": 8 * len(lzma.compress(text, preset=9)) / len(text),
         "xz_primed": 8 * (len(lzma.compress(seen + text, preset=9)) - len(lzma.compress(seen, preset=9))) / len(text),
         "blimp": blimp.accuracy,
-        "samples": {prompt: sample(model, tokenizer, prompt, s.SEED) for prompt in PROMPTS},
+        "samples": {prompt: sample(model, tokenizer, prompt, s.SEED) for prompt in _PROMPTS},
     }
     atomic_write(path, json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
     print(f"held-out text: {scores['bits_per_byte']:.3f} bits a byte; xz -9: {scores['xz']:.3f}")

@@ -67,16 +67,20 @@ class Reporter:
         self.total, self.label, self.unit, self.every_s, self.start = total, label, unit, every_s, start
         self.echo = echo
         self.began = self.window = time.perf_counter()
-        self.printed_at = self.window_units = self.rate = 0.0
+        self.printed_at = self.window_units = self.window_seconds = self.rate = 0.0
 
-    def report(self, done, units=0, force=False, **fields):
-        """Tell that `done` steps are finished, `units` more processed since the last call; print if it is time."""
+    def report(self, done, units=0, seconds=None, force=False, **fields):
+        """Tell that `done` steps are finished, `units` more processed since the last call; print if it is time.
+
+        With `seconds`, the rate counts these alone, so that evaluations between two steps do not blur it.
+        """
         now = time.perf_counter()
         self.window_units += units
+        self.window_seconds += seconds or 0.0
         if not (force or done in (self.start + 1, self.total) or now - self.printed_at >= self.every_s):
             return
         if self.window_units:
-            self.rate = self.window_units / max(now - self.window, 1e-9)
+            self.rate = self.window_units / max(self.window_seconds or now - self.window, 1e-9)
         pace = (now - self.began) / max(done - self.start, 1)
         width = len(str(self.total))
         shown = "  ".join(f"{key} {_show(value)}" for key, value in fields.items())
@@ -86,7 +90,8 @@ class Reporter:
             f"  {clock(now - self.began):>5} elapsed  {clock(pace * (self.total - done)):>5} left",
             flush=True,
         )
-        self.printed_at, self.window, self.window_units = now, now, 0.0
+        self.printed_at, self.window = now, now
+        self.window_units = self.window_seconds = 0.0
 
 
 def _show(value):

@@ -134,6 +134,8 @@ class Run:
         if kind is not None and issubclass(kind, (ValueError, OSError)) and not os.environ.get("LLM_ROADMAP_TRACEBACK"):
             print(f"error: {' '.join(str(error).splitlines()) or kind.__name__}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
+        if kind is None and self.stopping:
+            raise SystemExit(130)  # all is saved, but whoever started this script must not take it for finished
         return False
 
 

@@ -156,13 +156,14 @@ def test_the_first_interrupt_asks_and_the_second_stops(config, capfd):
 
 def test_other_ranks_stay_silent(config, capfd, monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "1")
-    with Run(config, []) as run:
+    with pytest.raises(SystemExit) as stopped, Run(config, []) as run:
         assert not run.is_main
         run.print("hello")
         run.metrics(tmp_path / "metrics.jsonl")
         run.log(step=1)
         signal.raise_signal(signal.SIGINT)
         assert run.stopping
+    assert stopped.value.code == 130  # whoever started the script must not take it for finished
     assert capfd.readouterr() == ("", "")
     assert list(tmp_path.glob("*.jsonl")) == []
 

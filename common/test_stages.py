@@ -38,3 +38,7 @@ def test_a_stage_that_failed_runs_again_and_may_continue(tmp_path):
         _run(tmp_path, calls, fail=True)
     assert _run(tmp_path, calls)
     assert calls == [True, False]
+
+
+if __name__ == "__main__":
+    raise SystemExit(pytest.main([__file__]))

@@ -19,10 +19,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from numba import njit
 
-from phase1_foundation.project2_tokenizer.patterns import character_classes, split
-from phase1_foundation.project2_tokenizer.scanner import NO_CUTS, PADDING, scan, transitions
+from phase1_foundation.project2_tokenizer.patterns import character_classes
+from phase1_foundation.project2_tokenizer.scanner import scan
+from phase1_foundation.project2_tokenizer.text_buffer import TextBuffer
 
-CHUNK_BYTES = 8 << 20  # of text handed to a thread at once
+CHUNK_CHARACTERS = 4 << 20  # of text handed to a thread at once
 MAX_UNIQUE_WORDS = 5_000_000  # over all threads; about 600 bytes each at the peak of training
 _HASH, _OFFSET, _LENGTH, _COUNT = range(4)  # columns of a table; offsets in words of eight bytes
 _USED, _STORED, _DOCUMENT, _POSITION = range(4)  # a table's fill, its arena's fill, and where counting stopped
@@ -155,10 +156,10 @@ class WordTable:
         self._rebuild(min(len(self), self.max_words // 2) + 1, self.arena.size // 2 + longest, at_least)
         self.dropped += before - len(self)
 
-    def count(self, chunk: "Chunk", cuts: np.ndarray) -> int:
+    def count(self, chunk: TextBuffer) -> int:
         """Count all pieces of a chunk; returns its size in bytes."""
         self.fill[_DOCUMENT:] = 0
-        arguments = chunk.data, chunk.eights, chunk.starts, chunk.lengths, character_classes(), cuts
+        arguments = chunk.data, chunk.eights, chunk.starts, chunk.lengths, character_classes(), chunk.transitions
         while not count_pieces(*arguments, self.table, self.arena, self.fill):
             self._grow(int(chunk.lengths.max(initial=0)) // 8 + 1)
         return len(chunk.data)
@@ -180,41 +181,19 @@ class WordTable:
         return {data[s : s + n].tobytes(): int(c) for s, n, c in zip(starts, lengths, counts)}
 
 
-class Chunk:
-    """Documents in one buffer, a zero byte between them; `eights[i]` are the eight bytes from byte `i` on."""
-
-    def __init__(self, documents: list[bytes]):
-        self.lengths = np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
-        self.starts = np.concatenate([[0], np.cumsum(self.lengths[:-1] + 1)]).astype(np.int64)[: len(documents)]
-        buffer = b"\0".join(documents) + bytes(PADDING)
-        self.data = np.frombuffer(buffer, dtype=np.uint8)
-        self.eights = np.ndarray((len(buffer) - 7,), dtype="<u8", buffer=buffer, strides=(1,))
-
-
-def encode_utf8(text: str) -> bytes:
-    """UTF-8, lone surrogates as the three bytes that a wider UTF-8 would give them."""
-    return text.encode("utf-8", "surrogatepass")
-
-
-def chunks(texts: Iterable[str], pattern: str) -> Iterator[Chunk]:
-    """Texts gathered into chunks of some megabytes; cut here already where the pattern has no automaton."""
-    foreign = transitions(pattern) is None
+def chunks(texts: Iterable[str], pattern: str) -> Iterator[TextBuffer]:
+    """Texts gathered into buffers of some megabytes."""
     documents, size = [], 0
     for text in texts:
         if not isinstance(text, str):
             raise TypeError(f"texts holds a {type(text).__name__}: give an iterable of str, one document each")
-        if foreign:
-            pieces = [encode_utf8(piece) for piece in split(text, pattern)]
-            documents += pieces
-            size += sum(map(len, pieces))
-        elif text:
-            documents.append(encode_utf8(text))
-            size += len(documents[-1])
-        if size >= CHUNK_BYTES:
-            yield Chunk(documents)
+        documents.append(text)
+        size += len(text)
+        if size >= CHUNK_CHARACTERS:
+            yield TextBuffer(documents, pattern)
             documents, size = [], 0
     if documents:
-        yield Chunk(documents)
+        yield TextBuffer(documents, pattern)
 
 
 def count_words(
@@ -235,8 +214,6 @@ def count_words(
     WHY: Reading is bound by the processor, not the disk, and two tables need no lock.
     """
     count = max(1, num_threads or min(os.cpu_count() or 1, 8))
-    cuts = transitions(pattern)
-    cuts = NO_CUTS if cuts is None else cuts
     tables = [WordTable(max(16, max_unique_words // count)) for _ in range(count)]
     pools = [ThreadPoolExecutor(1) for _ in range(count)]
     waiting: list[list[Future]] = [[] for _ in range(count)]
@@ -244,7 +221,7 @@ def count_words(
     try:
         for i, chunk in enumerate(chunks(texts, pattern)):
             mine = waiting[i % count]
-            mine.append(pools[i % count].submit(tables[i % count].count, chunk, cuts))
+            mine.append(pools[i % count].submit(tables[i % count].count, chunk))
             if len(mine) > 2:
                 done += mine.pop(0).result()
                 if progress:

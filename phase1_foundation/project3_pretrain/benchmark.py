@@ -58,7 +58,7 @@ def main(argv=None):
         report.finish()
 
 
-class Ours:
+class _Ours:
     """One optimizer step of our trainer, over `micros` micro batches of random tokens."""
 
     def __init__(self, config, uses, float32_stream, compiled, device, micro, micros):
@@ -81,7 +81,7 @@ class Ours:
         self.step.update(1.0)
 
 
-class Theirs:
+class _Theirs:
     """The same step with somebody else's model and torch's own fused AdamW; `loss(tokens, targets)` is a mean."""
 
     def __init__(self, model, loss, device, micro, micros, block_size, vocab_size):
@@ -110,7 +110,7 @@ def load_nanogpt(path, device, micro, micros):
     spec.loader.exec_module(module)
     model = module.GPT(module.GPTConfig(vocab_size=50304, bias=False, dropout=0.0)).to(device)
     compiled = torch.compile(model)
-    return Theirs(model, lambda x, y: compiled(x, y)[1], device, micro, micros, 1024, 50304)
+    return _Theirs(model, lambda x, y: compiled(x, y)[1], device, micro, micros, 1024, 50304)
 
 
 def load_transformers_gpt2(device, micro, micros):
@@ -122,7 +122,7 @@ def load_transformers_gpt2(device, micro, micros):
     compiled = torch.compile(model)
     cross_entropy = torch.nn.functional.cross_entropy
     loss = lambda x, y: cross_entropy(compiled(x).logits.view(-1, 50304), y.view(-1))  # noqa: E731
-    return Theirs(model, loss, device, micro, micros, 1024, 50304)
+    return _Theirs(model, loss, device, micro, micros, 1024, 50304)
 
 
 def measure_gpu(report, s, device):
@@ -131,7 +131,7 @@ def measure_gpu(report, s, device):
     limit = 771e12 / flops_per_token(Transformer(PRESETS["gpt2"](vocab_size=50304)), 1024)
     for name, (shape, uses, float32_stream, compiled) in LADDER.items():
         config = PRESETS["gpt2"](vocab_size=50304, **shape)
-        ours = Ours(config, uses, float32_stream, compiled, device, micro, micros)
+        ours = _Ours(config, uses, float32_stream, compiled, device, micro, micros)
         rate = measure({name: ours}, s.REPEATS, 2, device)[name].rate(ours.tokens)
         report.row(f"124M training, {name}", rate[0], "tok/s", spread=rate[1:], limit=limit,
                    limit_name="all FLOPs at 771 TFLOP/s")  # fmt: skip
@@ -139,7 +139,7 @@ def measure_gpu(report, s, device):
         _forget()
     final = dict(zip(("shape", "uses", "float32", "compiled"), LADDER["+ fused loss"]))
     config = PRESETS["gpt2"](vocab_size=50304, **final["shape"])
-    rivals = {"ours": Ours(config, final["uses"], False, True, device, micro, micros)}
+    rivals = {"ours": _Ours(config, final["uses"], False, True, device, micro, micros)}
     rivals["transformers"] = load_transformers_gpt2(device, micro, micros)
     if s.NANOGPT:
         rivals["nanoGPT"] = load_nanogpt(s.NANOGPT, device, micro, micros)
@@ -149,7 +149,7 @@ def measure_gpu(report, s, device):
         report.row(f"124M training step against {peer}, in turn", rate[0], "tok/s", spread=rate[1:],
                    peer=rivals[peer].tokens / timings[peer].median, peer_name=peer + ", torch.compile",
                    limit=limit, limit_name="all FLOPs at 771 TFLOP/s",
-                   note=f"bf16, {micros} micro batches of {micro} x 1024 a step, AdamW and clipping included")  # fmt: skip
+                   note=f"{micros} micro batches of {micro} x 1024 a step, AdamW and clipping included")  # fmt: skip
     if not s.NANOGPT:
         report.skip("124M training step against nanoGPT", "needs a checkout of karpathy/nanoGPT: --nanogpt PATH")
     mfu = rate[0] * flops_per_token(rivals["ours"].model, 1024) / peak_flops(device)
@@ -162,14 +162,14 @@ def measure_cpu(report, s, device):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = PRESETS["cpu-small"](qk_norm=False, block_size=128)
-    ours = Ours(config, [], False, False, device, 16, 1)
+    ours = _Ours(config, [], False, False, device, 16, 1)
     shape = LlamaConfig(vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=config.n_ff,
                         num_hidden_layers=config.n_layer, num_attention_heads=config.n_head,
                         max_position_embeddings=128, tie_word_embeddings=True, use_cache=False)  # fmt: skip
     peer = LlamaForCausalLM(shape)
     cross_entropy = torch.nn.functional.cross_entropy
     loss = lambda x, y: cross_entropy(peer(x).logits.flatten(0, 1), y.flatten())  # noqa: E731
-    theirs = Theirs(peer, loss, device, 16, 1, 128, config.vocab_size)
+    theirs = _Theirs(peer, loss, device, 16, 1, 128, config.vocab_size)
     timings = measure({"ours": ours, "transformers": theirs}, s.REPEATS, 2, device)
     rate = timings["ours"].rate(ours.tokens)
     report.row("training step, 6 layers x 256, float32", rate[0], "tok/s", spread=rate[1:],

@@ -4,6 +4,7 @@ Every constant is a flag of the scripts (``--max_steps 500``). The defaults look
 GPU; on a CPU a model of a few million parameters learns in minutes.
 """
 
+import importlib.util
 import os
 import sys
 
@@ -15,11 +16,12 @@ _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__
 # == System ==
 DEVICE = pick_device()  # cuda, mps or cpu
 _GPU = DEVICE == "cuda"
+_TRITON = importlib.util.find_spec("triton") is not None  # not on Windows
 SEED = 1337  # of initialisation, batches and dropout
 DTYPE = "bfloat16" if _GPU else "float32"  # autocast type of forward and backward; weights stay float32
 COMPILE = _GPU  # compile the model with torch.compile
 DETERMINISTIC = False  # bit-exact on a GPU, too; slower
-USE: list[str] = ["cudnn"] if _GPU else []  # transforms from the catalog, in order, such as checkpointing
+USE: list[str] = (["cudnn", "fused_loss"] if _TRITON else ["cudnn"]) if _GPU else []  # transforms from the catalog
 OUT_DIR = os.path.join(_ROOT, "checkpoints", "project3")  # checkpoints, metrics.jsonl and curves
 RESUME = True  # continue from OUT_DIR/last.pt when it is there
 CHECKPOINT: str | None = None  # initial weights: a checkpoint, a Hugging Face folder or org/name

@@ -30,30 +30,27 @@ def reference(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @functools.cache
-def nll_and_gradient():
+def gradient_kernel():
     """
-    The operator ``roadmap::nll_and_gradient``, built on first use, since it needs Triton on a GPU
+    The Triton kernel: one program a row, log-sum-exp in the first sweep, the gradient in the second
 
     PAPER: arXiv:1805.02867 (Milakov & Gimelshein), algorithm 3; in place as arXiv:2410.10989 (Liger), section 3.2.
     PAPER CONTEXT: a running maximum rescales the running sum, so one pass over a row gives its log-sum-exp.
     INTUITION: while a row of 100 KB still lies in the cache, read it again and leave its gradient there.
-    IMPLEMENTATION: one program a row; the first sweep finds log-sum-exp, the second (out of the L2 cache) writes
-        exp(logit - lse) - [column = target] in bf16 over the logit. A target of -100 gives 0 and a zero gradient.
+    IMPLEMENTATION: every lane keeps a maximum and a sum of its own; the second sweep writes exp(logit - lse) -
+        [column = target] over the logit. 32 warps a row: two rows a multiprocessor are what the L2 cache can hold.
     WHY: logits cross the memory bus twice instead of three times, and no second kernel runs in the backward.
     """
-    triton_missing = not torch.cuda.is_available() and not kernels.interpreting()
-    if triton_missing:
-        return reference
-    import triton
+    import triton  # only here: everything else works without it
     import triton.language as tl
 
     @triton.jit
-    def kernel(logits_ptr, targets_ptr, nll_ptr, V, stride, IGNORED: tl.constexpr, BLOCK: tl.constexpr):
+    def nll_gradient_kernel(logits_ptr, targets_ptr, nll_ptr, V, stride, IGNORED: tl.constexpr, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         logits_ptr += row * stride
         target = tl.load(targets_ptr + row)
         columns = tl.arange(0, BLOCK)
-        top = tl.full((BLOCK,), float("-inf"), tl.float32)  # one running maximum and sum for each lane
+        top = tl.full((BLOCK,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, V, BLOCK):
             at = start + columns
@@ -75,33 +72,45 @@ def nll_and_gradient():
             gradient = (tl.exp(x - log_z) - tl.where(at == target, 1.0, 0.0)) * weight
             tl.store(logits_ptr + at, gradient.to(logits_ptr.dtype.element_ty), mask=at < V)
 
-    def launcher(logits: Tensor, targets: Tensor) -> Tensor:
-        nll = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
-        rows, V = logits.shape
-        kernels.launch(kernel)[(rows,)](
-            logits, targets, nll, V, logits.stride(0), IGNORED=IGNORE, BLOCK=4096, num_warps=8
-        )
-        return nll
+    return nll_gradient_kernel
 
-    return kernels.op("nll_and_gradient", reference, mutates={"logits"})(launcher)
+
+def launch_gradient_kernel(logits: Tensor, targets: Tensor) -> Tensor:
+    """Run the kernel over logits (N, V), in place; returns nll (N,)."""
+    nll = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
+    rows, V = logits.shape
+    kernels.launch(gradient_kernel())[(rows,)](
+        logits, targets, nll, V, logits.stride(0), IGNORED=IGNORE, BLOCK=8192, num_warps=32
+    )
+    return nll
+
+
+nll_and_gradient = kernels.op("nll_and_gradient", reference, mutates={"logits"})(launch_gradient_kernel)
 
 
 class FusedNLL(torch.autograd.Function):
-    """Forward and backward of `fused_nll`: the forward already leaves d nll / d logits where the logits were."""
+    """Forward and backward of `fused_nll`.
+
+    PAPER: arXiv:2410.10989 (Liger Kernel), section 3.2.
+    PAPER CONTEXT: d nll / d logits = softmax - one_hot(target).
+    INTUITION: the forward leaves the gradient where the logits were, so the backward has nothing left to compute.
+    IMPLEMENTATION: the incoming gradient is one number a row; it scales rows of x and of the result.
+    WHY: the N x V matrix is touched by two products and nothing else.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, targets, dtype):
         """x (N, C), weight (V, C), targets (N,) -> nll (N,)."""
         x_cast, w = x.to(dtype), weight.to(dtype)
         logits = x_cast @ w.T  # (N, V)
-        nll = nll_and_gradient()(logits, targets)
+        nll = torch.ops.roadmap.nll_and_gradient(logits, targets)
         ctx.save_for_backward(x_cast, w, logits)
         ctx.types = x.dtype, weight.dtype
         return nll
 
     @staticmethod
     def backward(ctx, grad):
-        """The incoming gradient is one number a row: it scales rows of x and of the result, never the N x V matrix."""
+        """grad (N,) -> gradients of x (N, C) and weight (V, C)."""
         x, w, d_logits = ctx.saved_tensors
         scale = grad.unsqueeze(-1)
         grad_x = (d_logits @ w) * scale

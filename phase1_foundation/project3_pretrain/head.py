@@ -44,7 +44,7 @@ def plain_nll(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return nll.view(targets.shape)
 
 
-class ChunkedNLL(torch.autograd.Function):
+class _ChunkedNLL(torch.autograd.Function):
     """Forward and backward of `chunked_nll`, by hand."""
 
     @staticmethod
@@ -91,7 +91,7 @@ def chunked_nll(x: Tensor, weight: Tensor, targets: Tensor, chunk: int = 4096) -
     Same shapes and values as `plain_nll`; under autocast the products run in autocast's dtype.
     """
     flat = x.flatten(0, -2)
-    nll = ChunkedNLL.apply(flat, weight, targets.flatten(), autocast_dtype(x), chunk)
+    nll = _ChunkedNLL.apply(flat, weight, targets.flatten(), autocast_dtype(x), chunk)
     return nll.view(targets.shape)
 
 

@@ -24,7 +24,15 @@ from phase1_foundation.project3_pretrain.trainer import flops_per_token
 
 
 class Progress:
-    """Print an aligned line and append to ``metrics.jsonl``: loss, gradient norm, tokens/s, MFU, remaining time."""
+    """
+    One aligned line and one line of ``metrics.jsonl``: loss, gradient norm, tokens/s, MFU, remaining time
+
+    PAPER: arXiv:2204.02311 (PaLM), section 4.1: MFU as the measure of a training system.
+    PAPER CONTEXT: observed tokens/s over what the hardware's peak would allow for the model's own FLOPs.
+    INTUITION: tokens/s says how fast, MFU says how well the machine is used.
+    IMPLEMENTATION: the rate counts the time of steps alone, not that of evaluations and checkpoints.
+    WHY: whoever waits wants to know how long; whoever tunes wants to know how far from the limit.
+    """
 
     def __init__(self, run, total, start=0, every_s=1.0, block_size=1024):
         self.run, self.block_size = run, block_size
@@ -37,11 +45,9 @@ class Progress:
         if peak and self.reporter.rate:
             flops = flops_per_token(state.step.model, self.block_size) / state.step.world_size
             fields["mfu"] = f"{self.reporter.rate * flops / peak:.1%}"
-        if not math.isnan(state.val_loss):
-            fields["val"] = state.val_loss
         self.run.log(step=state.iter, train_loss=state.train_loss, grad_norm=state.grad_norm, lr_scale=state.lr_scale,
                      tokens=state.tokens, tokens_per_s=self.reporter.rate)  # fmt: skip
-        self.reporter.report(state.iter, units=state.tokens, **fields)
+        self.reporter.report(state.iter, units=state.tokens, seconds=state.seconds, **fields)
 
     def close(self, state):
         """Say what memory the run took at its peak."""
@@ -67,13 +73,21 @@ class Evaluate:
         """Evaluate when it is time."""
         if state.iter % self.every == 0 or state.iter == state.total:
             state.step.model.eval()
-            state.val_loss = self.measure()
+            with torch.compiler.set_stance("force_eager"):  # compiling the evaluation would cost more than it saves
+                state.val_loss = self.measure()
             self.run.log(step=state.iter, val_loss=state.val_loss)
             self.run.print(f"step {state.iter}/{state.total}  validation loss {state.val_loss:.4f} nats a token")
 
 
 class Checkpoint:
-    """Write ``last.pt`` regularly and at the end, ``best.pt`` whenever the validation loss is the lowest so far.
+    """
+    Write ``last.pt`` regularly and at the end, ``best.pt`` whenever the validation loss is the lowest so far
+
+    PAPER: "Scaling Data-Constrained Language Models" (Muennighoff et al., 2023), arXiv:2305.16264.
+    PAPER CONTEXT: a run that repeats its data can overfit; the best model is then not the last one.
+    INTUITION: one file to continue from, one to use.
+    IMPLEMENTATION: written atomically (common/checkpoint.py), by the first rank alone, after a step that went well.
+    WHY: whenever the process dies, a whole checkpoint lies on the disk.
 
     Args:
         folder: where to; only the first rank writes.
@@ -117,7 +131,15 @@ class Checkpoint:
 
 
 class StopOnRequest:
-    """End the run after the step in which Ctrl-C was pressed (on any rank); put it before `Checkpoint`."""
+    """
+    End the run after the step in which Ctrl-C was pressed, on whichever rank; stands before `Checkpoint`
+
+    PAPER: arXiv:2204.02311 (PaLM), section 5.1, restarts its run from checkpoints, too.
+    PAPER CONTEXT: long runs are interrupted, by people and by machines, and must lose nothing.
+    INTUITION: finish the sentence, put the pen down, close the book.
+    IMPLEMENTATION: ranks agree by adding up their flags; `Checkpoint` then sees ``state.stop`` and writes.
+    WHY: a rank that stops alone would leave the others waiting for it forever.
+    """
 
     def __init__(self, run):
         self.run = run
@@ -159,7 +181,15 @@ class ExponentialAverage:
 
 
 class Sample:
-    """Print what the model writes, every `every` steps: ``write() -> str``."""
+    """
+    Print what the model writes, every `every` steps
+
+    PAPER: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), section 8 (samples).
+    PAPER CONTEXT: samples show what a loss does not: repetition, broken words, forgotten names.
+    INTUITION: a number says that it got better, a sample says at what.
+    IMPLEMENTATION: ``write() -> str`` draws with a generator of its own, so that training is not disturbed.
+    WHY: most mistakes in data and tokenizer are seen here first.
+    """
 
     def __init__(self, write, every, run):
         self.write, self.every, self.run = write, every, run

@@ -1,4 +1,12 @@
-"""The shape of a `Transformer`: plain values, checked."""
+"""
+Model configuration
+
+This file implements the shape of a `Transformer`, as plain values that are checked, following:
+- "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019) - GPT-2: one architecture, four sizes
+- "LLaMA: Open and Efficient Foundation Language Models" (Touvron et al., 2023) - which parts later models replace
+
+Each component is explained with paper references for educational purposes.
+"""
 
 import dataclasses
 import inspect

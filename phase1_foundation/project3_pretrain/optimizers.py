@@ -66,7 +66,7 @@ def orthogonalize(matrices, steps=5):
     """
     Newton-Schulz iteration: the nearest (semi-)orthogonal matrix, approximately
 
-    PAPER: Muon post (Jordan et al., 2024), "Newton-Schulz iteration".
+    PAPER: Muon post (Jordan et al., 2024), on the Newton-Schulz iteration.
     PAPER CONTEXT: G = U S V^T is sent to about U V^T by five matrix-product-only steps, stable in bfloat16.
     INTUITION: every direction that the momentum contains gets the same step length, the rare ones, too.
     IMPLEMENTATION: X <- aX + (bA + cA^2) X with A = X X^T, after scaling to Frobenius norm 1; the smaller side of the
@@ -125,9 +125,14 @@ class Muon(Optimizer):
 
 
 class OptimizerSet:
-    """Several optimizers, each with its own parameters, behind the face of one.
+    """
+    Several optimizers, each with its own parameters, behind the face of one
 
-    Every parameter group keeps its peak in ``group["peak_lr"]``; `set_lr_scale` moves all rates together.
+    PAPER: Muon post (Jordan et al., 2024): hidden matrices to Muon, the rest to AdamW.
+    PAPER CONTEXT: embeddings, head, norms and biases are trained by AdamW even where Muon does the heavy work.
+    INTUITION: two drivers for two kinds of road, one steering wheel.
+    IMPLEMENTATION: each parameter group keeps its peak in ``group["peak_lr"]``; `set_lr_scale` moves all together.
+    WHY: the trainer, schedules and checkpoints need not know how many optimizers there are.
     """
 
     def __init__(self, *optimizers):

@@ -45,7 +45,7 @@ class LearnedPositions(nn.Module):
         return x + F.embedding(positions, self.weight)
 
 
-class NoPositions(nn.Module):
+class _NoPositions(nn.Module):
     """Adds nothing to the embedding: the model's positions enter elsewhere."""
 
     def __init__(self, config):
@@ -56,7 +56,7 @@ class NoPositions(nn.Module):
         return x
 
 
-class NoRotation(nn.Module):
+class _NoRotation(nn.Module):
     """Leaves queries and keys as they are: the model's positions enter elsewhere."""
 
     def __init__(self, config):
@@ -170,6 +170,6 @@ class PositionScheme(NamedTuple):
 
 
 POSITIONS = {
-    "learned": PositionScheme(LearnedPositions, NoRotation),
-    "rope": PositionScheme(NoPositions, Rotation),
+    "learned": PositionScheme(LearnedPositions, _NoRotation),
+    "rope": PositionScheme(_NoPositions, Rotation),
 }

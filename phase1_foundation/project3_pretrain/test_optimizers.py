@@ -168,4 +168,4 @@ def test_bad_schedules_are_refused(total, warmup):
 if __name__ == "__main__":
     for label, values in (("cosine", cosine(20, 4)), ("wsd", warmup_stable_decay(20, 4))):
         print(f"{label:>7}:", " ".join(f"{value:.2f}" for value in values))
-    raise SystemExit(pytest.main([__file__, "-q"]))
+    raise SystemExit(pytest.main([__file__]))

@@ -176,4 +176,4 @@ def test_flops_by_hand():
 
 if __name__ == "__main__":
     fit(_step(), Batches(), cosine(5, 1), [lambda s: print(f"step {s.iter}: {s.train_loss:.3f} nats a token")])
-    raise SystemExit(pytest.main([__file__, "-q"]))
+    raise SystemExit(pytest.main([__file__]))

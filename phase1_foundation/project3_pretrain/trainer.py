@@ -10,6 +10,7 @@ Each component is explained with paper references for educational purposes.
 
 import contextlib
 import math
+import time
 from dataclasses import dataclass, field
 
 import torch
@@ -157,6 +158,7 @@ class TrainState:
     total: int  # steps of the whole run
     iter: int = 0  # steps finished
     tokens: int = 0  # tokens that counted in the last step
+    seconds: float = 0.0  # the last step took
     train_loss: float = math.nan  # nats per token of the last step
     val_loss: float = math.nan  # the latest evaluation
     grad_norm: float = math.nan
@@ -193,6 +195,7 @@ def fit(step, batches, schedule, hooks=(), start=0, seed=0, state=None):
     rank = dist.get_rank() if dist.is_initialized() else 0
     try:
         for i in range(start, len(schedule)):
+            began = time.perf_counter()
             micros = batches[i]
             torch.manual_seed(hash((seed, i, rank)) % 2**63)  # dropout: a function of (seed, step, rank)
             state.tokens = int(step.sum_over_ranks(sum(step.objective.count(micro) for micro in micros)))
@@ -208,7 +211,7 @@ def fit(step, batches, schedule, hooks=(), start=0, seed=0, state=None):
                     f"training diverged at step {i + 1}: {error}. The last good checkpoint was kept. "
                     f"Resume with a lower learning rate or a longer warm-up."
                 ) from error
-            state.iter = i + 1
+            state.iter, state.seconds = i + 1, time.perf_counter() - began
             for hook in hooks:
                 hook(state)
             if state.stop:
