@@ -42,7 +42,8 @@ def main(argv=None):
     """Run all parts and write the results."""
     with Run(benchmark_config, argv, sections=("Benchmark", "System"), description=__doc__) as run:
         s, kind = run.settings, "cuda" if run.device.type == "cuda" else "cpu"
-        report = Report("project1_minimal_gpt", "A character-level GPT on tiny Shakespeare", run.device)
+        folder = RESULTS if s.MAX_STEPS is None else Path(s.OUT_DIR)  # a trial leaves the real results alone
+        report = Report("project1_minimal_gpt", "A character-level GPT on tiny Shakespeare", run.device, folder)
         runs = {"defaults of this project": train_in_process(s, "defaults", [])}
         if s.COMPARE:
             flags = f"{NANOGPT[kind]} {NANOGPT_BOTH}".split()
@@ -92,7 +93,7 @@ def draw(report, runs, kind):
         points = [(line["step"], line["val_loss"]) for line in result["lines"] if "val_loss" in line]
         series[name] = tuple(map(list, zip(*points)))
         report.series(f"validation loss: {name}", *series[name])
-    path = RESULTS / f"project1_minimal_gpt.{device_slug(report.device)}.png"
+    path = report.folder / f"project1_minimal_gpt.{device_slug(report.device)}.png"
     title = "Project 1: validation loss on tiny Shakespeare"
     plots.curves(path, series, "step", "nats per character", title, hlines={"nanoGPT's README": DOCUMENTED[kind][0]})
 

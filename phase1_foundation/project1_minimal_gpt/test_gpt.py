@@ -417,7 +417,7 @@ def test_user_errors_are_one_line(trained, tmp_path, capsys):
         (generate.main, ["--checkpoint", best, "--prompt", ""], "the prompt is empty"),
         (generate.main, ["--checkpoint", str(tmp_path / "none.pt")], "project1_minimal_gpt/train.py"),
         (generate.main, ["--checkpoint", config.__file__], "damaged or no checkpoint"),
-        (generate.main, ["--checkpoint", best, "--temperature", "-1"], "temperature=-1.0"),
+        (generate.main, ["--checkpoint", best, "--temperature", "-1"], "TEMPERATURE=-1.0"),
         (train.main, [*FLAGS, *out, "--n_embd", "15"], "N_EMBD=15 must be divisible by N_HEAD=2: use 14 or 16"),
         (train.main, [*FLAGS, *out, "--train_data_path", str(tmp_path / "nothing.txt")], "download_data.py"),
         (train.main, [*FLAGS, *out, "--train_data_path", str(tmp_path / "short.txt")], "training part has only 4"),
@@ -445,6 +445,8 @@ def test_settings_are_validated():
         (["--dropout", "1"], "DROPOUT=1.0"),
         (["--batch_size", "0"], "BATCH_SIZE=0 must be positive"),
         (["--gelu", "relu"], "GELU=relu is unknown"),
+        (["--top_k", "0"], "TOP_K=0 must be at least 1"),
+        (["--top_p", "1.1"], "TOP_P=1.1 must be above 0"),
     ):
         with pytest.raises(ValueError, match=message):
             common_settings.load(config, flags)

@@ -66,3 +66,26 @@ def from_printable(text: str) -> bytes:
             f"{text!r} holds {error.args[0]!r}, which is not in the 256-character byte alphabet: "
             "is this a special token, or the file of a tokenizer that is not byte-level?"
         ) from None
+
+
+def encode_utf8(text: str) -> bytes:
+    r"""
+    UTF-8, and for a lone surrogate the three bytes that the same formula gives it.
+
+    >>> encode_utf8("é\ud800")
+    b'\xc3\xa9\xed\xa0\x80'
+    """
+    return text.encode("utf-8", "surrogatepass")
+
+
+def decode_utf8(data: bytes) -> str:
+    r"""
+    The inverse of `encode_utf8`; bytes that are no text at all (half a character, say) become U+FFFD.
+
+    >>> decode_utf8(b"\xed\xa0\x80") == "\ud800", decode_utf8(b"\xc3") == "\ufffd"
+    (True, True)
+    """
+    try:
+        return data.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        return data.decode("utf-8", "replace")

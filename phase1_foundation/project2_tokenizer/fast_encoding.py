@@ -20,7 +20,7 @@ from phase1_foundation.project2_tokenizer.scanner import scan
 MISSING = 0xFFFFFF  # no value: values have 24 bits
 MAX_TOKENS, MAX_VALUES = 1 << 20, MISSING  # two token ids fill the 40 bits of a key
 _EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
-_24, _29, _32, _56, _1 = np.uint64(24), np.uint64(29), np.uint64(32), np.uint64(56), np.uint64(1)
+_1, _8, _16, _24, _29, _32, _56 = (np.uint64(n) for n in (1, 8, 16, 24, 29, 32, 56))
 _MIX_1, _MIX_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)  # odd constants with well mixed bits
 _MIX_3, _MIX_4 = np.uint64(0xD6E8FEB86659FD93), np.uint64(0xA0761D6478BD642F)
 
@@ -42,28 +42,36 @@ def empty_table(entries: int) -> np.ndarray:
 
 @njit(inline="always")
 def lookup(table, key):
-    """The value of a key, or MISSING."""
-    mask = table.size - 1
-    at = np.int64((np.uint64(key) * _MIX_1) >> _32) & mask
-    value = MISSING
-    while table[at] != _EMPTY:
-        if table[at] >> _24 == np.uint64(key):
-            value = np.int64(table[at]) & MISSING
-            break
-        at = (at + 1) & mask
-    return value
+    """The value of a key, or MISSING (which is what the low bits of an empty entry read as)."""
+    key = np.uint64(key)
+    mask = np.uint64(table.size - 1)  # unsigned indices save the check for negative ones
+    at = ((key * _MIX_1) >> _32) & mask
+    entry = table[at]
+    while entry != _EMPTY and entry >> _24 != key:
+        at = (at + _1) & mask
+        entry = table[at]
+    return np.int64(entry & np.uint64(MISSING))
 
 
 @njit(cache=True, nogil=True)
 def store(table, key, value):
     """Add a key to the table; the first value of a key stays."""
-    mask = table.size - 1
-    at = np.int64((np.uint64(key) * _MIX_1) >> _32) & mask
+    key = np.uint64(key)
+    mask = np.uint64(table.size - 1)
+    at = ((key * _MIX_1) >> _32) & mask
     while table[at] != _EMPTY:
-        if table[at] >> _24 == np.uint64(key):
+        if table[at] >> _24 == key:
             return
-        at = (at + 1) & mask
-    table[at] = (np.uint64(key) << _24) | np.uint64(value)
+        at = (at + _1) & mask
+    table[at] = (key << _24) | np.uint64(value)
+
+
+@njit(cache=True, nogil=True)
+def copy_table(table, smaller):
+    """Enter all that is in one table into another."""
+    for entry in table:
+        if entry != _EMPTY:
+            store(smaller, np.int64(entry >> _24), np.int64(entry) & MISSING)
 
 
 @njit(cache=True, nogil=True)
@@ -109,8 +117,9 @@ def merge_short(table, merged, ids, ranks, n):
         at = 0
         best = ranks[0]
         for i in range(1, n - 1):
-            if ranks[i] < best:
-                best = ranks[i]
+            rank = ranks[i]
+            if rank < best:
+                best = rank
                 at = i
         if best == MISSING:
             break
@@ -277,12 +286,12 @@ def encode_documents(
     INTUITION: Because pieces are independent, an answer once found can be reused wherever the piece comes again.
     IMPLEMENTATION: `keys` (slots, 8) uint64 and `entries` (slots, 16) int32 are two views of one cache: words 0-3 the
         bytes of the piece with its length on top, then the count, then the ids. A piece has one slot it can be in; a newcomer evicts.
-        `eights[i]` are the eight bytes from i on. `out` has room for one id a byte.
+        `eights[i]` are the eight bytes from i on. `out` has room for one id a byte and two more.
     WHY: A hit costs one comparison of 32 bytes, which is the size of almost every word there is.
     """
     piece_ends = np.empty(4096, dtype=np.int64)
     ranks = np.empty(SHORT, dtype=np.int64)
-    slots = keys.shape[0] - 1
+    slots = np.uint64(keys.shape[0] - 1)
     at = 0
     for document in range(starts.size):
         start = starts[document]
@@ -293,16 +302,19 @@ def encode_documents(
             for p in range(pieces):
                 stop = piece_ends[p]
                 n = stop - start
-                row = min(n, MAX_CACHED_BYTES)
-                a = eights[start] & masks[row, 0]
-                b = eights[start + 8] & masks[row, 1]
-                c = eights[start + 16] & masks[row, 2]
-                d = (eights[start + 24] & masks[row, 3]) | (np.uint64(min(n, 32)) << _56)  # 32: in no cache
+                row = np.uint64(min(n, MAX_CACHED_BYTES))
+                first = np.uint64(start)
+                a = eights[first] & masks[row, 0]
+                b = eights[first + _8] & masks[row, 1]
+                c = eights[first + _16] & masks[row, 2]
+                d = (eights[first + _24] & masks[row, 3]) | (np.uint64(min(n, 32)) << _56)  # 32: in no cache
                 h = a * _MIX_1 + b * _MIX_2 + c * _MIX_3 + d * _MIX_4
-                slot = np.int64(((h ^ (h >> _29)) * _MIX_2) >> _32) & slots
+                slot = (((h ^ (h >> _29)) * _MIX_2) >> _32) & slots
                 if keys[slot, 0] == a and keys[slot, 1] == b and keys[slot, 2] == c and keys[slot, 3] == d:
                     count = entries[slot, 8]
-                    for i in range(count):
+                    out[at] = entries[slot, 9]
+                    out[at + 1] = entries[slot, 10]  # whether it counts or not: cheaper than to ask
+                    for i in range(2, count):
                         out[at + i] = entries[slot, 9 + i]
                 else:
                     count = encode_piece(

@@ -118,12 +118,15 @@ def split(text: str, expression: str) -> list[str]:
 @lru_cache(maxsize=1)
 def character_classes() -> np.ndarray:
     """
-    One byte for each of the 0x110000 code points: its class, LETTER to APOSTROPHE.
+    One byte for each code point: its class, LETTER to APOSTROPHE.
+
+    There are 0x110000 code points, but four bytes that are not UTF-8 can spell 0x200000 numbers; the table covers them all,
+    so that no input whatsoever makes the scanner read beyond it.
 
     >>> [int(character_classes()[ord(c)]) for c in "é7 ?"] == [LETTER, NUMBER, SPACE, VISIBLE]
     True
     """
-    classes = np.full(0x110000, VISIBLE, dtype=np.uint8)
+    classes = np.full(0x200000, VISIBLE, dtype=np.uint8)
     for ranges, label in ((LETTERS, LETTER), (NUMBERS, NUMBER), (WHITE_SPACE, BLANK)):
         for first, last in parse_ranges(ranges):
             classes[first : last + 1] = label

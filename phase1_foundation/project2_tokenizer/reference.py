@@ -13,9 +13,8 @@ Each component is explained with paper references for educational purposes.
 from collections import Counter
 from collections.abc import Iterable
 
-from phase1_foundation.project2_tokenizer.bytes_alphabet import byte_order
+from phase1_foundation.project2_tokenizer.bytes_alphabet import byte_order, encode_utf8
 from phase1_foundation.project2_tokenizer.patterns import split
-from phase1_foundation.project2_tokenizer.text_buffer import encode_utf8
 
 
 def count_words(texts: Iterable[str], pattern: str) -> dict[bytes, int]:

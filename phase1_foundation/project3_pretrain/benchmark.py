@@ -9,6 +9,7 @@ used as it is, so both can be trained beforehand.
 """
 
 import importlib.util
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -269,7 +270,9 @@ def compare_recipes(report, s):
     found = {}
     for name, flags in {"our recipe": [], "nanoGPT settings": NANOGPT_RECIPE}.items():
         out = CHECKPOINTS / f"project3_{name.replace(' ', '_')}"
-        train_pretrain.main([*s.QUALITY_FLAGS, *flags, "--max_steps", str(s.QUALITY_STEPS), "--out_dir", str(out)])
+        train_pretrain.main(
+            [*shlex.split(s.QUALITY_FLAGS), *flags, "--max_steps", str(s.QUALITY_STEPS), "--out_dir", str(out)]
+        )
         points = [(e["step"], e["val_loss"]) for e in read_metrics(out / "metrics.jsonl") if "val_loss" in e]
         tokens = next(e["tokens"] for e in read_metrics(out / "metrics.jsonl") if "tokens" in e)
         found[name] = [step * tokens / 1e6 for step, _ in points], [loss for _, loss in points]

@@ -13,7 +13,7 @@ MICROS = 15  # micro batches of one optimizer step (GPU): 491,520 tokens with 32
 REPEATS = 5  # timed optimizer steps
 NANOGPT: str | None = None  # a checkout of karpathy/nanoGPT, to be measured in turn
 QUALITY_STEPS = 0  # steps of the two training runs that are compared; 0 leaves them out
-QUALITY_FLAGS: list[str] = []  # further flags of both runs
+QUALITY_FLAGS = ""  # further flags of both runs, in one string: --quality_flags="--data_dir ..."
 
 
 def validate_config(settings=None):

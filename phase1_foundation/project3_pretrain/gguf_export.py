@@ -50,8 +50,8 @@ ARCHITECTURES = {"gpt2": "gpt2", "llama": "llama", "qwen2": "qwen2", "qwen3": "q
 def to_gguf(model: nn.Module, tokenizer, path, dtype: torch.dtype = torch.float16) -> Path:
     """Write `model` and its tokenizer as one GGUF file, which llama.cpp and what is built on it run.
 
-    PAPER: "LLaMA: Open and Efficient Foundation Language Models", arXiv:2302.13971, section 2.2; RoPE: arXiv:2104.09864,
-        section 3.2.2.
+    PAPER: "LLaMA: Open and Efficient Foundation Language Models", arXiv:2302.13971, section 2.2; RoPE:
+        arXiv:2104.09864, section 3.2.2.
     PAPER CONTEXT: RoPE turns neighbouring channels; Hugging Face and this project pair channel i with i + D/2 instead.
     INTUITION: one suitcase with everything: the shape, the weights, the vocabulary and its merges.
     IMPLEMENTATION: names by table; for "llama" the rows of queries and keys return to the paper's order (`interleave`),

@@ -79,8 +79,8 @@ def write_tokenizer(tokenizer, folder: Path, block_size: int) -> dict:
         return {"bos_token_id": None, "eos_token_id": None}
     if not hasattr(tokenizer, "to_huggingface"):
         raise ValueError(
-            f"the tokenizer {type(tokenizer).__name__} cannot be written as tokenizer.json: train a BPE tokenizer (project 2), or "
-            f"pass tokenizer=None to write the weights alone"
+            f"the tokenizer {type(tokenizer).__name__} cannot be written as tokenizer.json: train a BPE tokenizer "
+            f"(project 2), or pass tokenizer=None to write the weights alone"
         )
     tokenizer.to_huggingface(folder / "tokenizer.json")
     end = next((name for name, i in tokenizer.special_tokens.items() if i == tokenizer.eot_id), None)

@@ -74,7 +74,7 @@ def main(argv=None):
             result = lambada(model, tokenizer, s.LAMBADA, s.LIMIT, dtype)
             run.print(
                 f"LAMBADA: {result.accuracy:.1%} of {result.passages} last words guessed, "
-                f"perplexity of the word {result.perplexity:.1f}"
+                f"perplexity of the word {result.perplexity:,.1f}"
             )
 
 

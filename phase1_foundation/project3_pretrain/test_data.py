@@ -379,6 +379,24 @@ def test_prepare_refuses_what_cannot_work(plan, tmp_path):
         load_tokenizer("gpt5")
 
 
+def test_a_missing_vocabulary_is_learned_and_kept(tmp_path):
+    text = tmp_path / "corpus.txt"
+    text.write_text("".join(f"the cat sat on mat number {i}, h\u00e9las\n" for i in range(300)), encoding="utf-8")
+    s = types.SimpleNamespace(
+        TRAIN_DATA_PATH=str(text), DATA_DIR=str(tmp_path / "out"), TOKENIZER=str(tmp_path / "t" / "tokenizer.pkl"),
+        VOCAB_SIZE=300, VAL_FRACTION=0.1, VAL_DATA_PATH=None, NUM_WORKERS=2, overrides={"TRAIN_DATA_PATH"},
+    )  # fmt: skip
+    tokenizer = prepare(s)
+    dataset = TokenDataset(tmp_path / "out" / "train.bin", 16, prepare(s, only_load_tokenizer=True).fingerprint)
+    lines = [line for line in text.read_text(encoding="utf-8").splitlines() if not is_held_out(line, 0.1)]
+    assert tokenizer.decode(dataset.tokens.tolist()) == "".join("<|endoftext|>" + line for line in lines)
+    assert dataset.header["text_bytes"] == sum(len(line.encode()) for line in lines)
+    assert dataset.n_tokens < dataset.header["text_bytes"] / 2  # something was merged
+    s.overrides, s.VOCAB_SIZE = {"TRAIN_DATA_PATH", "VOCAB_SIZE"}, 400
+    with pytest.raises(ValueError, match=r"VOCAB_SIZE=400, but TOKENIZER=.* has 300 tokens"):
+        prepare(s)
+
+
 def test_without_a_download_the_sample_is_taken(plan, tmp_path, capsys):
     plan.TRAIN_DATA_PATH, plan.overrides = str(tmp_path / "never_downloaded.txt"), set()
     assert preparation.training_text(plan) == [DATA / "sample_corpus.jsonl.xz"]

@@ -33,7 +33,7 @@ from phase1_foundation.project3_pretrain.hooks import (
 from phase1_foundation.project3_pretrain.loading import load
 from phase1_foundation.project3_pretrain.model import Transformer
 from phase1_foundation.project3_pretrain.optimizers import build_optimizer
-from phase1_foundation.project3_pretrain.prepare_data import prepare
+from phase1_foundation.project3_pretrain.preparation import prepare
 from phase1_foundation.project3_pretrain.presets import PRESETS
 from phase1_foundation.project3_pretrain.schedules import SCHEDULES
 from phase1_foundation.project3_pretrain.trainer import NextToken, Step, fit
