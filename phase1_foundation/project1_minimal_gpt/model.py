@@ -252,7 +252,7 @@ class GPT(nn.Module):
         PAPER CONTEXT: GPT-2 scales the weights of residual layers by 1/sqrt(N), N the number of residual layers.
         INTUITION: N independent additions grow the variance of the stream N-fold; 1/sqrt(N) each keeps it level.
         IMPLEMENTATION: N = 2 L, as each block adds twice (`o_proj`, `down_proj`); biases 0; LayerNorm gains 1.
-        WHY: the first logits are near 0, so the first loss is ln V: any other value means something is broken.
+        WHY: at std 0.02 the first logits are near 0, so the first loss must be ln V; more means sure of nonsense.
         """
         residual_std = self.config.init_std / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():

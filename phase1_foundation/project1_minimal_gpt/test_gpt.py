@@ -364,7 +364,9 @@ def test_a_resumed_run_is_bit_exact(trained, tmp_path, monkeypatch):
         return real(tokens, step, *rest)
 
     monkeypatch.setattr(train, "batch", interrupt)
-    train.main([*FLAGS, "--out_dir", str(out)])
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*FLAGS, "--out_dir", str(out)])
+    assert stopped.value.code == 130
     assert checkpoint.load(out / "last.pt")["iter"] == checkpoint.load(out / "best.pt")["iter"] == 7
     monkeypatch.setattr(train, "batch", real)
     train.main([*FLAGS, "--out_dir", str(out), "--resume"])

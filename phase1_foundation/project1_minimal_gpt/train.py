@@ -212,10 +212,11 @@ def conclude(run, val_tokens, began):
     draw_curves(out / "metrics.jsonl", out / "curves.png", f"Project 1: {model.n_parameters():,} parameters")
     run.print(f"wrote {out}: best.pt, last.pt, metrics.jsonl, curves.png\n\na sample:")
     generator = torch.Generator().manual_seed(s.SEED)
-    prompt = tokenizer.encode(s.PROMPT) if set(s.PROMPT) <= set(tokenizer.chars) and s.PROMPT else [0]
+    prompt = s.PROMPT if s.PROMPT and set(s.PROMPT) <= set(tokenizer.chars) else tokenizer.chars[0]
     model.eval()
+    run.print(prompt, end="")
     sampling = {"temperature": s.TEMPERATURE, "top_k": s.TOP_K, "top_p": s.TOP_P, "generator": generator}
-    for token in stream(model, prompt, s.MAX_NEW_TOKENS, **sampling):
+    for token in stream(model, tokenizer.encode(prompt), s.MAX_NEW_TOKENS, **sampling):
         run.print(tokenizer.decode([token]), end="")
     run.print("")
     return loss

@@ -19,10 +19,11 @@ import numpy as np
 from phase1_foundation.project2_tokenizer import fast_encoding
 from phase1_foundation.project2_tokenizer.patterns import character_classes
 from phase1_foundation.project2_tokenizer.text_buffer import TextBuffer
+from phase1_foundation.project2_tokenizer.word_keys import byte_masks
 
 CACHE_SLOTS = 1 << 18  # of 64 bytes: 16 MiB for each thread that encodes
-BATCH_CHARACTERS = 4 << 20  # of text encoded by one call of the compiled loop
-_MASKS = fast_encoding.byte_masks()
+BATCH_CHARACTERS = 1 << 20  # of text encoded by one call of the compiled loop
+_MASKS = byte_masks()
 
 
 class Encoder:
@@ -55,6 +56,7 @@ class Encoder:
             self.table, np.ascontiguousarray(columns[:, 0]), np.ascontiguousarray(columns[:, 1])
         )
         self._build_trie(tokens if rule != fast_encoding.MERGES else [])
+        self._integers = np.arange(max(i for _, i in tokens) + 1).astype(object)
         self._idle: list[np.ndarray] = []
         self._first_cache = np.zeros((CACHE_SLOTS, 8), dtype=np.uint64)
         self._warm(tokens)
@@ -103,6 +105,10 @@ class Encoder:
             return self._encode(TextBuffer(texts, self.pattern), cache)
         finally:
             self._idle.append(cache)
+
+    def as_list(self, ids: np.ndarray) -> list[int]:
+        """`ids.tolist()`, but all equal ids share one int object, which is faster and takes a fifth of the memory."""
+        return self._integers.take(ids).tolist()
 
     def encode_batch(self, texts: list[str], num_threads: int | None = None) -> list[np.ndarray]:
         """One array of ids per text, on `num_threads` threads (default: all processors)."""

@@ -15,24 +15,19 @@ Each component is explained with paper references for educational purposes.
 import numpy as np
 from numba import njit
 
+from phase1_foundation.project2_tokenizer.compiled import compiled
 from phase1_foundation.project2_tokenizer.scanner import scan
+from phase1_foundation.project2_tokenizer.word_keys import KEY_BYTES, hash_key, word_key
 
 MISSING = 0xFFFFFF  # no value: values have 24 bits
 MAX_TOKENS, MAX_VALUES = 1 << 20, MISSING  # two token ids fill the 40 bits of a key
 _EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
-_1, _8, _16, _24, _29, _32, _56 = (np.uint64(n) for n in (1, 8, 16, 24, 29, 32, 56))
-_MIX_1, _MIX_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)  # odd constants with well mixed bits
-_MIX_3, _MIX_4 = np.uint64(0xD6E8FEB86659FD93), np.uint64(0xA0761D6478BD642F)
+_1, _24, _32 = np.uint64(1), np.uint64(24), np.uint64(32)
+_MIX = np.uint64(0x9E3779B97F4A7C15)  # an odd constant with well mixed bits
 
-MAX_CACHED_BYTES, MAX_CACHED_IDS = 31, 7
+MAX_CACHED_IDS = 7
 SHORT = 96  # bytes: up to here a search for the best pair beats a heap
 MERGES, WHOLE_THEN_MERGES, LONGEST_MATCH = 0, 1, 2
-
-
-def byte_masks() -> np.ndarray:
-    """Row n keeps the first n of 32 bytes, as four little-endian 64-bit words."""
-    kept = np.arange(32)[None, :] < np.arange(32)[:, None]
-    return np.where(kept, np.uint8(0xFF), np.uint8(0)).view("<u8")
 
 
 def empty_table(entries: int) -> np.ndarray:
@@ -45,7 +40,7 @@ def lookup(table, key):
     """The value of a key, or MISSING (which is what the low bits of an empty entry read as)."""
     key = np.uint64(key)
     mask = np.uint64(table.size - 1)  # unsigned indices save the check for negative ones
-    at = ((key * _MIX_1) >> _32) & mask
+    at = ((key * _MIX) >> _32) & mask
     entry = table[at]
     while entry != _EMPTY and entry >> _24 != key:
         at = (at + _1) & mask
@@ -53,12 +48,12 @@ def lookup(table, key):
     return np.int64(entry & np.uint64(MISSING))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def store(table, key, value):
     """Add a key to the table; the first value of a key stays."""
     key = np.uint64(key)
     mask = np.uint64(table.size - 1)
-    at = ((key * _MIX_1) >> _32) & mask
+    at = ((key * _MIX) >> _32) & mask
     while table[at] != _EMPTY:
         if table[at] >> _24 == key:
             return
@@ -66,7 +61,7 @@ def store(table, key, value):
     table[at] = (key << _24) | np.uint64(value)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def copy_table(table, smaller):
     """Enter all that is in one table into another."""
     for entry in table:
@@ -74,14 +69,14 @@ def copy_table(table, smaller):
             store(smaller, np.int64(entry >> _24), np.int64(entry) & MISSING)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def build_merge_table(table, left, right):
     """(left id, right id) -> rank, for all merges in order."""
     for rank in range(left.size):
         store(table, (np.int64(left[rank]) << 20) | np.int64(right[rank]), rank)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def build_trie(table, node_token, data, starts, ids):
     """(node, byte) -> child node; `node_token[node]` is the id of the token that ends there, or -1. Returns how many."""
     nodes = 1
@@ -99,7 +94,7 @@ def build_trie(table, node_token, data, starts, ids):
     return nodes
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def merge_short(table, merged, ids, ranks, n):
     """
     Apply merges to `ids[:n]` in place, lowest rank first and leftmost among equals; returns the new length.
@@ -135,7 +130,7 @@ def merge_short(table, merged, ids, ranks, n):
     return n
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def heap_push(heap, size, item):
     """Add to a binary min-heap; returns the new size."""
     i = size
@@ -146,7 +141,7 @@ def heap_push(heap, size, item):
     return size + 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def heap_pop(heap, size):
     """Remove the smallest, which the caller has read at index 0; returns the new size."""
     size -= 1
@@ -166,7 +161,7 @@ def heap_pop(heap, size):
     return size
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def merge_long(table, merged, ids, n):
     """
     The same as `merge_short` in O(n log n), for a piece that may be a megabyte of one letter.
@@ -214,7 +209,7 @@ def merge_long(table, merged, ids, n):
     return kept
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def longest_match(trie, node_token, data, start, end, ids):
     """
     Take the longest token that the rest of the piece begins with, again and again; returns how many.
@@ -245,7 +240,7 @@ def longest_match(trie, node_token, data, start, end, ids):
     return n
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def whole_token(trie, node_token, data, start, end):
     """The token that is exactly this piece, or -1."""
     node = 0
@@ -256,7 +251,7 @@ def whole_token(trie, node_token, data, start, end):
     return node_token[node]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def encode_piece(data, start, end, rule, table, merged, byte_ids, trie, node_token, ranks, out, at):
     """Encode one piece without the cache; the ids go to `out[at:]`; returns how many."""
     n = end - start
@@ -273,7 +268,7 @@ def encode_piece(data, start, end, rule, table, merged, byte_ids, trie, node_tok
     return merge_short(table, merged, ids, ranks, n) if n <= SHORT else merge_long(table, merged, ids, n)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def encode_documents(
     data, eights, starts, lengths, classes, transitions, rule, table, merged, byte_ids, trie, node_token,
     keys, entries, masks, out, ends,
@@ -302,14 +297,8 @@ def encode_documents(
             for p in range(pieces):
                 stop = piece_ends[p]
                 n = stop - start
-                row = np.uint64(min(n, MAX_CACHED_BYTES))
-                first = np.uint64(start)
-                a = eights[first] & masks[row, 0]
-                b = eights[first + _8] & masks[row, 1]
-                c = eights[first + _16] & masks[row, 2]
-                d = (eights[first + _24] & masks[row, 3]) | (np.uint64(min(n, 32)) << _56)  # 32: in no cache
-                h = a * _MIX_1 + b * _MIX_2 + c * _MIX_3 + d * _MIX_4
-                slot = (((h ^ (h >> _29)) * _MIX_2) >> _32) & slots
+                a, b, c, d = word_key(eights, start, n, masks)
+                slot = hash_key(a, b, c, d) & slots
                 if keys[slot, 0] == a and keys[slot, 1] == b and keys[slot, 2] == c and keys[slot, 3] == d:
                     count = entries[slot, 8]
                     out[at] = entries[slot, 9]
@@ -320,7 +309,7 @@ def encode_documents(
                     count = encode_piece(
                         data, start, stop, rule, table, merged, byte_ids, trie, node_token, ranks, out, at
                     )
-                    if n <= MAX_CACHED_BYTES and count <= MAX_CACHED_IDS:
+                    if n <= KEY_BYTES and count <= MAX_CACHED_IDS:
                         keys[slot, 0] = a
                         keys[slot, 1] = b
                         keys[slot, 2] = c

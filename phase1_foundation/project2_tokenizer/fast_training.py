@@ -18,6 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from phase1_foundation.project2_tokenizer.compiled import compiled
+
 _KEY, _COUNT, _FIRST, _NUMBER = range(4)  # columns of the pair table
 _PAIRS, _HEAP, _POSITIONS, _MERGES = range(4)  # how far each growing array is filled
 _BOUNDARY, _INSIDE = -1, -2  # symbols: between words; second half of a token, no symbol of its own
@@ -50,7 +52,7 @@ def _slot(pairs, key):
     return at
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _grown_pairs(pairs):
     """The pair table with twice as many slots."""
     bigger = np.empty((2 * pairs.shape[0], 4), dtype=np.int64)
@@ -67,7 +69,7 @@ def _before(a_count, a_key, b_count, b_key):
     return a_count > b_count or (a_count == b_count and a_key < b_key)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _push(heap, size, count, key):
     """Add a pair to the queue of `size` entries."""
     i = size
@@ -82,7 +84,7 @@ def _push(heap, size, count, key):
     heap[i, 1] = key
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _sink(heap, size, count, key):
     """Put a pair in place of the first of `size` entries."""
     i = 0
@@ -99,7 +101,7 @@ def _sink(heap, size, count, key):
     heap[i, 1] = key
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _lay_out(data, starts, lengths, byte_ids, symbols, first_of, word_of):
     """Write all words into one array, a boundary before and after each; boundaries point at themselves."""
     at = 0
@@ -116,7 +118,7 @@ def _lay_out(data, starts, lengths, byte_ids, symbols, first_of, word_of):
     first_of[at] = at
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _count_pairs(symbols, word_of, frequency, counts, numbers):
     """How often each pair of bytes occurs in the text (`counts`) and in the word list (`numbers`)."""
     for i in range(1, symbols.size - 1):
@@ -125,7 +127,7 @@ def _count_pairs(symbols, word_of, frequency, counts, numbers):
             numbers[symbols[i], symbols[i + 1]] += 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _index_pairs(symbols, counts, numbers, min_frequency, pairs, heap, positions, fill):
     """Enter the pairs of bytes into table and queue, and write down where each of them occurs."""
     next_position = np.zeros((256, 256), dtype=np.int64)
@@ -170,7 +172,7 @@ def start(data, starts, lengths, counts, byte_ids, n_merges: int, min_frequency:
     return State(symbols, first_of, word_of, counts, sizes, pairs, heap, positions, merges, fill)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _best_pair(pairs, heap, fill, min_frequency):
     """
     Take the most frequent pair off the queue; -1 where none is left.
@@ -193,7 +195,7 @@ def _best_pair(pairs, heap, fill, min_frequency):
     return np.int64(-1)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _replace(state, key, new, gains, losses, neighbours, places):
     """
     Replace every occurrence of a pair by the token `new`, and note what that does to the pairs around it.
@@ -236,15 +238,17 @@ def _replace(state, key, new, gains, losses, neighbours, places):
     return n_left, n_right
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _lower(pairs, key, loss, merged):
     """Take a loss off the count of a pair (the merged pair itself is finished and stays as it is)."""
     if key != merged and loss > 0:
         pairs[_slot(pairs, key), _COUNT] -= loss
 
 
-@njit(cache=True, nogil=True)
-def _enter(pairs, heap, positions, fill, side, new, left_or_right, key, min_frequency, n, gains, losses, found, scratch):
+@compiled
+def _enter(
+    pairs, heap, positions, fill, side, new, left_or_right, key, min_frequency, n, gains, losses, found, scratch
+):
     """Enter the new pairs on one side of the merge; `found` = (neighbours, places), `scratch` (vocabulary,) zeros."""
     neighbours, places = found
     for k in range(n):
@@ -278,7 +282,7 @@ def _enter(pairs, heap, positions, fill, side, new, left_or_right, key, min_freq
         scratch[neighbours[k]] = 0
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _with_room(state, pairs_wanted, positions_wanted):
     """A State whose arrays have room for so many more entries."""
     fill = state.fill
@@ -299,7 +303,7 @@ def _with_room(state, pairs_wanted, positions_wanted):
     )  # fmt: skip
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def train_steps(state, steps, min_frequency):
     """
     Learn up to `steps` more merges; returns the new state and whether there may be more.
@@ -358,6 +362,8 @@ def learn_merges(
     kept = lengths > 1  # a word of one byte has no pair
     state = start(data, starts[kept], lengths[kept], counts[kept], byte_ids, n_merges, max(1, min_frequency))
     more = True
+    if progress:
+        progress(0, n_merges)
     while more and state.fill[_MERGES] < n_merges:
         state, more = train_steps(state, min(1000, n_merges - int(state.fill[_MERGES])), max(1, min_frequency))
         if progress:

@@ -47,7 +47,12 @@ class _PlainUnpickler(pickle.Unpickler):
 def _plans() -> list[tuple[int, str]]:
     """For each opcode: size of its argument (or of the length before it) and kind ("" forbidden)."""
     plans = [(0, "")] * 256
-    for codes, kind in ((dict.fromkeys(_NO_ARGUMENT, 0), "plain"), (_FIXED, "plain"), (_MEMO, "memo"), (_SIZED, "sized")):
+    for codes, kind in (
+        (dict.fromkeys(_NO_ARGUMENT, 0), "plain"),
+        (_FIXED, "plain"),
+        (_MEMO, "memo"),
+        (_SIZED, "sized"),
+    ):
         for code, size in codes.items():
             plans[code[0]] = (size, kind)
     return plans
@@ -106,7 +111,9 @@ def loads(data: bytes, name: str = "the pickle") -> object:
         check(data)
         return _PlainUnpickler(io.BytesIO(data)).load()
     except UnsafePickleError as error:
-        raise UnsafePickleError(f"{name} is refused: {error}; only files written by `BPETokenizer.save` are read") from None
+        raise UnsafePickleError(
+            f"{name} is refused: {error}; only files written by `BPETokenizer.save` are read"
+        ) from None
     except (pickle.UnpicklingError, TypeError, ValueError, EOFError, IndexError, KeyError, AttributeError) as error:
         raise UnsafePickleError(f"{name} is damaged ({error}): write it again with `BPETokenizer.save`") from None
     except (MemoryError, RecursionError) as error:

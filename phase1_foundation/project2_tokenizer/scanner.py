@@ -19,12 +19,11 @@ Each component is explained with paper references for educational purposes.
 from functools import lru_cache
 
 import numpy as np
-from numba import njit
 
+from phase1_foundation.project2_tokenizer.compiled import compiled
 from phase1_foundation.project2_tokenizer.patterns import (
     APOSTROPHE,
     BLANK,
-    BLANKS,
     END,
     GPT2,
     GPT2_DIGITS,
@@ -186,7 +185,7 @@ NO_CUTS = np.zeros(16, dtype=np.uint16)  # for text that is cut already: one sta
 NO_CUTS[END] = CUT
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def scan(data, start, end, classes, table, ends):
     """
     Write the ends of the pieces of the UTF-8 text `data[start:end]` to `ends`; returns how many, and where it stopped.
@@ -214,7 +213,12 @@ def scan(data, start, end, classes, table, ends):
                 b = ((b & 0x0F) << 12) | ((data[i + 1] & 0x3F) << 6) | (data[i + 2] & 0x3F)
                 length = 3
             else:
-                b = ((b & 0x07) << 18) | ((data[i + 1] & 0x3F) << 12) | ((data[i + 2] & 0x3F) << 6) | (data[i + 3] & 0x3F)
+                b = (
+                    ((b & 0x07) << 18)
+                    | ((data[i + 1] & 0x3F) << 12)
+                    | ((data[i + 2] & 0x3F) << 6)
+                    | (data[i + 3] & 0x3F)
+                )
                 length = 4
         step = np.int64(table[state + classes[b]])
         count -= (step & UNDO) >> 2

@@ -80,7 +80,9 @@ class BPETokenizer:
         """Refuse what could not encode every text, or not decode what it encoded."""
         ids = list(self.vocab.values())
         if not all(type(i) is int and i >= 0 for i in ids) or len(set(ids)) != len(ids):
-            raise ValueError("vocab must give each token an id of its own, an int from 0 up: two tokens share one, or more")
+            raise ValueError(
+                "vocab must give each token an id of its own, an int from 0 up: two tokens share one, or more"
+            )
         if "" in self.special_tokens:
             raise ValueError('special_tokens holds "": a special token needs at least one character')
         regular = {token: i for token, i in self.vocab.items() if token not in self.special_tokens}
@@ -205,12 +207,16 @@ class BPETokenizer:
         if engine != "fast":
             raise ValueError(f'engine={engine!r} is unknown: use "fast" or "reference"')
         if isinstance(allowed_special, str) and allowed_special == "none":
-            return self.encode_to_array(text).tolist()
-        return self._encode_parts(text, allowed_special, lambda part: self.encode_to_array(part).tolist())
+            return self._encode_fast(text)
+        return self._encode_parts(text, allowed_special, self._encode_fast)
 
     def encode_to_array(self, text: str) -> np.ndarray:
         """Like `encode` without special tokens, as an int32 array (no Python object per token)."""
         return self._encoder.encode_texts([self._normalize(text)])[0].copy()
+
+    def _encode_fast(self, text: str) -> list[int]:
+        """Encode with the compiled loops of `fast_encoding.py`."""
+        return self._encoder.as_list(self._encoder.encode_texts([self._normalize(text)])[0])
 
     def encode_batch(self, texts: list[str], num_threads: int | None = None) -> list[np.ndarray]:
         """One int32 array per text, without special tokens; texts are dealt to threads (default: all processors)."""
@@ -255,11 +261,15 @@ class BPETokenizer:
             out += [ids[part] for part in parts]
         return out
 
-    def _encode_parts(self, text: str, allowed_special: str | set[str], encode: Callable[[str], list[int]]) -> list[int]:
+    def _encode_parts(
+        self, text: str, allowed_special: str | set[str], encode: Callable[[str], list[int]]
+    ) -> list[int]:
         """Encode what lies between the allowed special tokens; the longest of several at one place wins."""
-        names = {"all": set(self.special_tokens), "none": set()}.get(allowed_special) if isinstance(
-            allowed_special, str
-        ) else set(allowed_special)
+        names = (
+            {"all": set(self.special_tokens), "none": set()}.get(allowed_special)
+            if isinstance(allowed_special, str)
+            else set(allowed_special)
+        )
         if names is None or not names <= self.special_tokens.keys():
             raise ValueError(
                 f'allowed_special={allowed_special!r}: use "all", "none" or a set of '
@@ -344,7 +354,9 @@ class BPETokenizer:
         self.__init__(**file_formats.checked_fields(state))
 
 
-def _train_fast(texts, pattern, n_merges, min_frequency, num_threads, max_unique_words, progress) -> list[tuple[int, int]]:
+def _train_fast(
+    texts, pattern, n_merges, min_frequency, num_threads, max_unique_words, progress
+) -> list[tuple[int, int]]:
     """Count words on all processors, then learn merges with incremental counts."""
     from phase1_foundation.project2_tokenizer import fast_training, word_counts
 

@@ -19,68 +19,99 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from numba import njit
 
+from phase1_foundation.project2_tokenizer.compiled import compiled
 from phase1_foundation.project2_tokenizer.patterns import character_classes
 from phase1_foundation.project2_tokenizer.scanner import scan
 from phase1_foundation.project2_tokenizer.text_buffer import TextBuffer
+from phase1_foundation.project2_tokenizer.word_keys import KEY_BYTES, byte_masks, hash_key, word_key
 
 CHUNK_CHARACTERS = 4 << 20  # of text handed to a thread at once
+_MASKS = byte_masks()
 MAX_UNIQUE_WORDS = 5_000_000  # over all threads; about 600 bytes each at the peak of training
-_HASH, _OFFSET, _LENGTH, _COUNT = range(4)  # columns of a table; offsets in words of eight bytes
-_USED, _STORED, _DOCUMENT, _POSITION = range(4)  # a table's fill, its arena's fill, and where counting stopped
-_MIX = np.uint64(0x9E3779B97F4A7C15)
-_29, _8, _64 = np.uint64(29), np.uint64(8), np.uint64(64)
-_ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
+_KEY, _COUNT, _COLUMNS = 0, 4, 5  # a row of a table: four words of key, then the count (0: empty)
+_USED, _STORED, _DOCUMENT, _POSITION = range(4)  # fill of table and arena, and where counting stopped
+_LONG = 0xFF << 56  # marks the key of a long word: offset in the arena, hash, 0, length
+_HASH, _LENGTH = 1, 3
+_8, _29, _64 = np.uint64(8), np.uint64(29), np.uint64(64)
+_MIX, _ALL, _LOW56 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xFFFFFFFFFFFFFFFF), np.uint64((1 << 56) - 1)
+_LONG_MARK, _TOP = np.uint64(_LONG), np.uint64(56)
+
+
+@compiled
+def _find_short(table, a, b, c, d):
+    """The row of a short word, or the empty row where it belongs."""
+    mask = np.uint64(table.shape[0] - 1)
+    at = hash_key(a, b, c, d) & mask
+    while table[at, _COUNT] != 0 and not (
+        table[at, 0] == a and table[at, 1] == b and table[at, 2] == c and table[at, 3] == d
+    ):
+        at = (at + np.uint64(1)) & mask
+    return at
 
 
 @njit(inline="always")
-def _masked(eight, length):
+def _last_masked(eight, length):
     """The first `length` of eight bytes (1 to 8, or more for all of them)."""
     return eight if length >= 8 else eight & (_ALL >> (_64 - _8 * np.uint64(length)))
 
 
-@njit(cache=True, nogil=True)
-def _insert(table, arena, fill, hashed, words, start, step, length, count):
-    """
-    Add `count` to a word whose eight-byte words are `words[start], words[start + step], ...`.
-
-    Returns False, with nothing changed, when the table is half full or the arena has no room for a new word.
-    """
-    mask = table.shape[0] - 1
-    size = (length + 7) >> 3
-    at = np.int64(hashed >> np.uint64(1)) & mask
+@compiled
+def _find_long(table, arena, words, start, step, length):
+    """The same for a word of any length, whose bytes lie in `words[start], words[start + step], ...`; and its hash."""
+    hashed = _MIX
+    for k in range((length + 7) >> 3):
+        hashed = (hashed ^ _last_masked(words[start + k * step], length - 8 * k)) * _MIX
+        hashed ^= hashed >> _29
+    d = _LONG_MARK | np.uint64(length)
+    mask = np.uint64(table.shape[0] - 1)
+    at = hash_key(np.uint64(0), hashed, np.uint64(0), d) & mask
     while table[at, _COUNT] != 0:
-        if table[at, _HASH] == hashed and table[at, _LENGTH] == np.uint64(length):
-            offset = np.int64(table[at, _OFFSET])
-            k = 0
-            while k < size and arena[offset + k] == _masked(words[start + k * step], length - 8 * k):
+        if table[at, _HASH] == hashed and table[at, _LENGTH] == d:
+            offset, k = np.int64(table[at, _KEY]), 0
+            while 8 * k < length and arena[offset + k] == _last_masked(words[start + k * step], length - 8 * k):
                 k += 1
-            if k == size:
-                table[at, _COUNT] += np.uint64(count)
-                return True
-        at = (at + 1) & mask
-    if 2 * fill[_USED] >= mask or fill[_STORED] + size > arena.size:
+            if 8 * k >= length:
+                break
+        at = (at + np.uint64(1)) & mask
+    return at, hashed
+
+
+@compiled
+def _enter_short(table, fill, at, a, b, c, d, count):
+    """Make an empty row a short word's; False where the table is half full."""
+    if 2 * fill[_USED] >= table.shape[0] - 1:
         return False
-    table[at, _HASH] = hashed
-    table[at, _OFFSET] = np.uint64(fill[_STORED])
-    table[at, _LENGTH] = np.uint64(length)
+    table[at, 0], table[at, 1], table[at, 2], table[at, 3] = a, b, c, d
     table[at, _COUNT] = np.uint64(count)
-    for k in range(size):
-        arena[fill[_STORED] + k] = _masked(words[start + k * step], length - 8 * k)
     fill[_USED] += 1
+    return True
+
+
+@compiled
+def _enter_long(table, arena, fill, at, hashed, words, start, step, length, count):
+    """Make an empty row a long word's; False where table or arena has no room."""
+    size = (length + 7) >> 3
+    offset = fill[_STORED]
+    if offset + size > arena.size or not _enter_short(
+        table, fill, at, np.uint64(offset), hashed, np.uint64(0), _LONG_MARK | np.uint64(length), count
+    ):
+        return False
+    for k in range(size):
+        arena[offset + k] = _last_masked(words[start + k * step], length - 8 * k)
     fill[_STORED] += size
     return True
 
 
-@njit(cache=True, nogil=True)
-def count_pieces(data, eights, starts, lengths, classes, table_of_cuts, table, arena, fill):
+@compiled
+def count_pieces(data, eights, starts, lengths, classes, transitions, masks, table, arena, fill):
     """
     Count the pieces of the documents in a buffer; returns False when the table must grow first, then call it again.
 
     PAPER: arXiv:1508.07909, section 3.2.
     PAPER CONTEXT: The algorithm is run on the dictionary extracted from a text, each word weighted by its frequency.
-    INTUITION: A hundred megabytes of English hold twenty million words, but only half a million different ones.
-    IMPLEMENTATION: Open addressing by a 64-bit hash, then the bytes themselves are compared, eight at a time. The
-        place to resume from is kept in `fill`, at the beginning of a piece, where the automaton may start again.
+    INTUITION: A hundred megabytes of English hold twenty million words, but only some hundred thousand different ones.
+    IMPLEMENTATION: Open addressing; short words are their own keys, long ones lie in an arena and are compared there.
+        The place to resume from is kept in `fill`, at the beginning of a piece, where the automaton may start again.
     WHY: This is all that ever reads the text; what follows depends on the number of distinct words alone.
     """
     ends = np.empty(4096, dtype=np.int64)
@@ -90,33 +121,60 @@ def count_pieces(data, eights, starts, lengths, classes, table_of_cuts, table, a
         start = starts[document] + fill[_POSITION]
         position = start
         while position < end:
-            pieces, position = scan(data, position, end, classes, table_of_cuts, ends)
+            pieces, position = scan(data, position, end, classes, transitions, ends)
             for p in range(pieces):
                 length = ends[p] - start
-                hashed = np.uint64(length)
-                for k in range(0, length, 8):
-                    hashed = (hashed ^ _masked(eights[start + k], length - k)) * _MIX
-                    hashed ^= hashed >> _29
-                if not _insert(table, arena, fill, hashed, eights, start, 8, length, 1):
+                if length <= KEY_BYTES:
+                    a, b, c, d = word_key(eights, start, length, masks)
+                    at = _find_short(table, a, b, c, d)
+                    known = table[at, _COUNT] != 0 or _enter_short(table, fill, at, a, b, c, d, 0)
+                else:
+                    at, hashed = _find_long(table, arena, eights, start, 8, length)
+                    known = table[at, _COUNT] != 0 or _enter_long(
+                        table, arena, fill, at, hashed, eights, start, 8, length, 0
+                    )
+                if not known:
                     fill[_POSITION] = start - starts[document]
                     return False
+                table[at, _COUNT] += np.uint64(1)
                 start = ends[p]
         fill[_DOCUMENT] += 1
         fill[_POSITION] = 0
     return True
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _add_table(table, arena, fill, other, other_arena, at_least):
     """Add the words of another table that were counted often enough; there must be room."""
-    added = 0
-    for at in range(other.shape[0]):
-        count = other[at, _COUNT]
-        if count >= np.uint64(at_least) and count != 0:
-            offset, length = np.int64(other[at, _OFFSET]), np.int64(other[at, _LENGTH])
-            _insert(table, arena, fill, other[at, _HASH], other_arena, offset, 1, length, count)
-            added += 1
-    return added
+    for row in range(other.shape[0]):
+        count = other[row, _COUNT]
+        if count == 0 or count < np.uint64(at_least):
+            continue
+        a, b, c, d = other[row, 0], other[row, 1], other[row, 2], other[row, 3]
+        if d >= _LONG_MARK:
+            offset, length = np.int64(a), np.int64(d & _LOW56)
+            at, hashed = _find_long(table, arena, other_arena, offset, 1, length)
+            if table[at, _COUNT] == 0:
+                _enter_long(table, arena, fill, at, hashed, other_arena, offset, 1, length, 0)
+        else:
+            at = _find_short(table, a, b, c, d)
+            if table[at, _COUNT] == 0:
+                _enter_short(table, fill, at, a, b, c, d, 0)
+        table[at, _COUNT] += count
+
+
+@compiled
+def _word_places(table, arena_start, starts, lengths, counts):
+    """Where each word's bytes are: in its row of the table, or in the arena that lies `arena_start` bytes behind it."""
+    n = 0
+    for row in range(table.shape[0]):
+        if table[row, _COUNT] != 0:
+            d = table[row, 3]
+            long = d >= _LONG_MARK
+            starts[n] = arena_start + 8 * np.int64(table[row, 0]) if long else 8 * _COLUMNS * row
+            lengths[n] = np.int64(d & _LOW56) if long else np.int64(d >> _TOP)
+            counts[n] = np.int64(table[row, _COUNT])
+            n += 1
 
 
 class WordTable:
@@ -128,55 +186,53 @@ class WordTable:
         self._allocate(slots, slots)
 
     def _allocate(self, slots: int, arena: int) -> None:
-        self.table = np.zeros((slots, 4), dtype=np.uint64)
+        self.table = np.zeros((slots, _COLUMNS), dtype=np.uint64)
         self.arena = np.zeros(arena, dtype=np.uint64)
         self.fill = np.zeros(4, dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self.fill[_USED])
 
-    def _rebuild(self, more_words: int, more_arena: int, at_least: int = 1) -> None:
-        """Make room, keeping the words that were counted at least so often."""
+    def _rebuild(self, room_words: int, room_arena: int, at_least: int = 1) -> None:
+        """New arrays with at least so much room in all, keeping the words that were counted at least so often."""
         table, arena, resume = self.table, self.arena, self.fill[_DOCUMENT:].copy()
-        kept = table[:, _COUNT] >= at_least
-        stored = int(((table[kept, _LENGTH] + np.uint64(7)) >> np.uint64(3)).sum())
-        words = int(np.count_nonzero(kept)) if at_least > 1 else len(self)
-        slots = 1 << (2 * (words + more_words) + 1).bit_length()
-        self._allocate(slots, stored + more_arena)
+        self._allocate(1 << (2 * room_words + 1).bit_length(), room_arena)
         _add_table(self.table, self.arena, self.fill, table, arena, at_least)
         self.fill[_DOCUMENT:] = resume
 
     def _grow(self, longest: int) -> None:
-        """Twice the room, or, at the bound, at least half of the words forgotten, the rarest first."""
-        at_least = 1
-        if len(self) >= self.max_words // 2 and 2 * len(self) >= len(self.table) - 1:
-            while np.count_nonzero(self.table[:, _COUNT] >= at_least) > self.max_words // 2:
-                at_least += 1
-        before = len(self)
-        self._rebuild(min(len(self), self.max_words // 2) + 1, self.arena.size // 2 + longest, at_least)
-        self.dropped += before - len(self)
+        """Make room; where the bound is reached, forget the rarest words, at least half of all."""
+        words, at_least = len(self), 1
+        if words >= self.max_words:
+            at_least = int(np.partition(self.table[:, _COUNT], -(self.max_words // 2))[-(self.max_words // 2)]) + 1
+        self._rebuild(min(2 * words + 16, self.max_words), 2 * int(self.fill[_STORED]) + longest, at_least)
+        self.dropped += words - len(self)
 
     def count(self, chunk: TextBuffer) -> int:
         """Count all pieces of a chunk; returns its size in bytes."""
         self.fill[_DOCUMENT:] = 0
-        arguments = chunk.data, chunk.eights, chunk.starts, chunk.lengths, character_classes(), chunk.transitions
-        while not count_pieces(*arguments, self.table, self.arena, self.fill):
-            self._grow(int(chunk.lengths.max(initial=0)) // 8 + 1)
+        text = chunk.data, chunk.eights, chunk.starts, chunk.lengths, character_classes(), chunk.transitions, _MASKS
+        while not count_pieces(*text, self.table, self.arena, self.fill):
+            self._grow(int(chunk.lengths.max(initial=0)) // 8 + 16)
         return len(chunk.data)
 
     def add(self, other: "WordTable") -> None:
         """Add the counts of another table."""
-        self._rebuild(len(other), int(other.fill[_STORED]))
+        self._rebuild(len(self) + len(other), int(self.fill[_STORED] + other.fill[_STORED]))
         _add_table(self.table, self.arena, self.fill, other.table, other.arena, 1)
         self.dropped += other.dropped
 
     def words(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """All words: the bytes they lie in, their starts and lengths there, and their counts."""
-        used = self.table[self.table[:, _COUNT] > 0].astype(np.int64)
-        return self.arena.view(np.uint8), used[:, _OFFSET] * 8, used[:, _LENGTH], used[:, _COUNT]
+        starts, lengths, counts = (np.empty(len(self), dtype=np.int64) for _ in range(3))
+        _word_places(self.table, self.table.nbytes, starts, lengths, counts)
+        data = self.table.reshape(-1).view(np.uint8)
+        if self.fill[_STORED]:
+            data = np.concatenate([data, self.arena[: self.fill[_STORED]].view(np.uint8)])
+        return data, starts, lengths, counts
 
     def as_dict(self) -> dict[bytes, int]:
-        """Word -> count, for the reference and for tests."""
+        """Word -> count, for tests."""
         data, starts, lengths, counts = self.words()
         return {data[s : s + n].tobytes(): int(c) for s, n, c in zip(starts, lengths, counts)}
 
@@ -218,6 +274,8 @@ def count_words(
     pools = [ThreadPoolExecutor(1) for _ in range(count)]
     waiting: list[list[Future]] = [[] for _ in range(count)]
     done = 0
+    if progress:
+        progress(0)
     try:
         for i, chunk in enumerate(chunks(texts, pattern)):
             mine = waiting[i % count]
@@ -228,6 +286,8 @@ def count_words(
                     progress(done)
         for future in sum(waiting, []):
             done += future.result()
+            if progress:
+                progress(done)
     finally:
         for pool in pools:
             pool.shutdown(cancel_futures=True)
