@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from common import CHECKPOINTS, DATA, ROOT
 from common import settings as common_settings
@@ -24,12 +23,12 @@ from common.plots import curves
 from common.progress import clock
 from common.run import Run
 from common.stages import Stages
-from phase1_foundation.project1_minimal_gpt.sampling import generate
 from phase1_foundation.project3_pretrain import evaluation, prepare_data, train_pretrain, zero_shot
 from phase1_foundation.project3_pretrain.data import TokenDataset
 from phase1_foundation.project3_pretrain.hooks import read_metrics
 from phase1_foundation.project3_pretrain.loading import load
 from phase1_foundation.project3_pretrain.token_file import read_header
+from phase1_foundation.project3_pretrain.writing import write
 
 # == Speedrun ==
 DEVICE = pick_device()  # cuda, mps or cpu
@@ -121,7 +120,7 @@ def evaluate(best, train, val, s, path):
         "xz": 8 * len(lzma.compress(text, preset=9)) / len(text),
         "xz_primed": 8 * (len(lzma.compress(seen + text, preset=9)) - len(lzma.compress(seen, preset=9))) / len(text),
         "blimp": blimp.accuracy,
-        "samples": {prompt: sample(model, tokenizer, prompt, s.SEED) for prompt in _PROMPTS},
+        "samples": {prompt: write(model, tokenizer, prompt, 80, seed=s.SEED) for prompt in _PROMPTS},
     }
     atomic_write(path, json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
     print(f"held-out text: {scores['bits_per_byte']:.3f} bits a byte; xz -9: {scores['xz']:.3f}")
@@ -131,14 +130,6 @@ def plain_text(path, tokenizer):
     """The bytes of all documents in a token file."""
     tokens = np.fromfile(path, dtype=read_header(path)["dtype"])
     return tokenizer.decode_bytes(tokens[tokens != tokenizer.eot_id].tolist())
-
-
-def sample(model, tokenizer, prompt, seed):
-    """What the model writes after a prompt."""
-    device = next(model.parameters()).device
-    tokens = torch.tensor([tokenizer.encode(prompt)], device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    return tokenizer.decode(generate(model, tokens, 80, temperature=0.8, top_k=50, generator=generator)[0].tolist())
 
 
 def write_report(s, stages, texts, scores):

@@ -1,4 +1,4 @@
-"""Constants of project 2: a byte-level BPE tokenizer. Every constant is a flag of the scripts (``--vocab_size 5000``)."""
+"""Constants of project 2, a byte-level BPE tokenizer; each is a flag of the scripts (``--vocab_size 5000``)."""
 
 import os
 import sys
@@ -53,12 +53,10 @@ def validate_config(settings=None):
     if s.VOCAB_SIZE - s.NUM_SPECIAL_TOKENS < 256:
         raise ValueError(
             f"VOCAB_SIZE={s.VOCAB_SIZE} minus NUM_SPECIAL_TOKENS={s.NUM_SPECIAL_TOKENS} leaves "
-            f"{s.VOCAB_SIZE - s.NUM_SPECIAL_TOKENS} for the 256 bytes: use VOCAB_SIZE={256 + s.NUM_SPECIAL_TOKENS} or more"
+            f"{s.VOCAB_SIZE - s.NUM_SPECIAL_TOKENS} for 256 bytes: use VOCAB_SIZE={256 + s.NUM_SPECIAL_TOKENS} or more"
         )
     if s.VOCAB_SIZE > 1 << 20:
-        raise ValueError(
-            f"VOCAB_SIZE={s.VOCAB_SIZE} must be at most {1 << 20}: the compiled engine packs ids in 20 bits"
-        )
+        raise ValueError(f"VOCAB_SIZE={s.VOCAB_SIZE} must be at most {1 << 20}: the fast engine packs ids in 20 bits")
     for name in ("MIN_FREQUENCY", "NUM_THREADS", "MAX_BYTES"):
         if getattr(s, name) is not None and getattr(s, name) < 1:
             raise ValueError(f"{name}={getattr(s, name)} must be at least 1")

@@ -3,7 +3,7 @@ Corpus
 
 This file implements reading text for training, and judging a tokenizer by text it was not trained on, following:
 - "Pointer Sentinel Mixture Models" (Merity et al., 2016) - WikiText, the corpus split by articles
-- "Greed is All You Need: An Evaluation of Tokenizer Inference Methods" (Uzan et al., 2024) - compare rules on one vocabulary
+- "Greed is All You Need: An Evaluation of Tokenizer Inference Methods" (Uzan et al., 2024) - rules on one vocabulary
 
 Each component is explained with paper references for educational purposes.
 """

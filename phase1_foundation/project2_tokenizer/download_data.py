@@ -46,9 +46,7 @@ def main(argv=None):
             no_fallback=s.NO_FALLBACK,
             reader=articles if s.SOURCE == "wikitext" else None,
         )
-        run.print(
-            "Train on it: uv run python phase1_foundation/project2_tokenizer/train_tokenizer.py --vocab_size 5000"
-        )
+        run.print("Now: uv run python phase1_foundation/project2_tokenizer/train_tokenizer.py --vocab_size 5000")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ This file implements the engine behind `BPETokenizer.encode`, following:
 - "Neural Machine Translation of Rare Words with Subword Units" (Sennrich et al., 2016) - the rule `merges`
 - "Greed is All You Need: An Evaluation of Tokenizer Inference Methods" (Uzan et al., 2024) - the rule `longest_match`
 
-It turns a vocabulary into the flat arrays that `fast_encoding.py` reads, and hands each call a cache of its own, so that
-any number of threads can encode at the same time.
+It turns a vocabulary into the flat arrays that `fast_encoding.py` reads, and hands each call a cache of its own, so
+that any number of threads can encode at the same time.
 
 Each component is explained with paper references for educational purposes.
 """
@@ -33,8 +33,8 @@ class Encoder:
     PAPER: arXiv:1508.07909, section 3.2; arXiv:2403.01289, section 2.
     PAPER CONTEXT: The same vocabulary serves both inference methods.
     INTUITION: Look words up instead of working them out again.
-    IMPLEMENTATION: `tokens` are (bytes, id), `merges` are (left id, right id, merged id) in order. The cache begins with
-        the encodings of all tokens, which are the most frequent words there are. Ids must be below 2**20.
+    IMPLEMENTATION: `tokens` are (bytes, id), `merges` are (left id, right id, merged id) in order, ids below 2**20. The
+        cache begins with the encodings of all tokens, which are the most frequent words there are.
     WHY: Caches are lent to a call and given back, so no lock is held while text is encoded.
     """
 

@@ -78,7 +78,7 @@ def build_merge_table(table, left, right):
 
 @compiled
 def build_trie(table, node_token, data, starts, ids):
-    """(node, byte) -> child node; `node_token[node]` is the id of the token that ends there, or -1. Returns how many."""
+    """(node, byte) -> child node; `node_token[node]`: id of the token that ends there, or -1. Returns how many."""
     nodes = 1
     for k in range(ids.size):
         node = 0
@@ -102,8 +102,8 @@ def merge_short(table, merged, ids, ranks, n):
     PAPER: arXiv:1508.07909, section 3.2.
     PAPER CONTEXT: A new word is split into characters, and the learned merges are applied to it in order.
     INTUITION: Replay the training on one word.
-    IMPLEMENTATION: `ranks[i]` belongs to the pair (i, i + 1); the smallest wins, `merged[rank]` takes its place, and only
-        its two neighbours change. Quadratic in n, but n is a handful.
+    IMPLEMENTATION: `ranks[i]` belongs to the pair (i, i + 1); the smallest wins, `merged[rank]` takes its place, and
+        only its two neighbours change. Quadratic in n, but n is a handful.
     WHY: For short words moving a few integers is cheaper than any structure that avoids it.
     """
     for i in range(n - 1):
@@ -280,8 +280,8 @@ def encode_documents(
     PAPER CONTEXT: Text is cut into pieces; each piece is encoded by itself.
     INTUITION: Because pieces are independent, an answer once found can be reused wherever the piece comes again.
     IMPLEMENTATION: `keys` (slots, 8) uint64 and `entries` (slots, 16) int32 are two views of one cache: words 0-3 the
-        bytes of the piece with its length on top, then the count, then the ids. A piece has one slot it can be in; a newcomer evicts.
-        `eights[i]` are the eight bytes from i on. `out` has room for one id a byte and two more.
+        key (`word_keys.py`), then the count, then the ids. A piece has one slot; a newcomer evicts who is there.
+        `out` has room for one id a byte and two more.
     WHY: A hit costs one comparison of 32 bytes, which is the size of almost every word there is.
     """
     piece_ends = np.empty(4096, dtype=np.int64)

@@ -1,7 +1,7 @@
 """
 File Formats
 
-This file implements the tokenizer's files: our `.pkl`, GPT-2's two files, and Hugging Face's `tokenizer.json`, following:
+This file implements the files of a tokenizer (our `.pkl`, GPT-2's two, Hugging Face's `tokenizer.json`), following:
 - "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019) - `encoder.json` and `vocab.bpe`
 - "Greed is All You Need: An Evaluation of Tokenizer Inference Methods" (Uzan et al., 2024) - the second rule
 

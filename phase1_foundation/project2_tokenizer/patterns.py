@@ -43,7 +43,7 @@ PATTERNS = {"gpt2": GPT2, "gpt2_digits": GPT2_DIGITS, "gpt4": GPT4, "gpt4_digits
 # Other spellings of the same expressions, as they are found in the files of others.
 SPELLINGS = {r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""": GPT2}
 
-# Classes of characters. Those letters that occur in contractions have classes of their own, each in lower and upper case.
+# Classes of characters. Letters that occur in contractions have classes of their own, in lower and in upper case.
 LETTER, S_D_M_T, L, V_R, E, UPPER_S_D_M_T, UPPER_L, UPPER_V_R, UPPER_E = range(9)
 NUMBER, SPACE, BLANK, LINE_END, VISIBLE, APOSTROPHE, END = range(9, 16)  # END: behind the last character
 WORD_LETTERS = tuple(range(9))
@@ -120,8 +120,8 @@ def character_classes() -> np.ndarray:
     """
     One byte for each code point: its class, LETTER to APOSTROPHE.
 
-    There are 0x110000 code points, but four bytes that are not UTF-8 can spell 0x200000 numbers; the table covers them all,
-    so that no input whatsoever makes the scanner read beyond it.
+    There are 0x110000 code points, but four bytes that are not UTF-8 can spell 0x200000 numbers; the table covers all
+    of these, so that no input whatsoever makes the scanner read beyond it.
 
     >>> [int(character_classes()[ord(c)]) for c in "é7 ?"] == [LETTER, NUMBER, SPACE, VISIBLE]
     True

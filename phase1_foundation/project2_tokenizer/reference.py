@@ -12,6 +12,7 @@ Each component is explained with paper references for educational purposes.
 
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 
 from phase1_foundation.project2_tokenizer.bytes_alphabet import byte_order, encode_utf8
 from phase1_foundation.project2_tokenizer.patterns import split
@@ -64,7 +65,7 @@ def learn_merges(word_counts: dict[bytes, int], n_merges: int, min_frequency: in
     while len(merges) < n_merges:
         pairs: Counter[tuple[int, int]] = Counter()
         for symbols, count in words:
-            for pair in zip(symbols, symbols[1:]):
+            for pair in pairwise(symbols):
                 pairs[pair] += count
         if not pairs:
             break
@@ -83,7 +84,7 @@ def apply_merges(piece: bytes, ranks: dict[tuple[bytes, bytes], int]) -> list[by
     PAPER: arXiv:1508.07909, section 3.2.
     PAPER CONTEXT: At test time a word is split into characters and the learned operations are applied to it.
     INTUITION: Of all pairs that may be merged, the one learned first goes first.
-    IMPLEMENTATION: `ranks[left, right]` is the position of a merge in the list; one merge at a time, the leftmost first.
+    IMPLEMENTATION: `ranks[left, right]` is a merge's position in the list; one merge at a time, the leftmost first.
     WHY: This is what tiktoken and Hugging Face do, so models trained elsewhere see the ids they know.
 
     >>> apply_merges(b"lowest", {(b"e", b"s"): 0, (b"es", b"t"): 1, (b"l", b"o"): 2, (b"lo", b"w"): 3})
@@ -91,7 +92,7 @@ def apply_merges(piece: bytes, ranks: dict[tuple[bytes, bytes], int]) -> list[by
     """
     parts = [bytes([b]) for b in piece]
     while len(parts) > 1:
-        candidates = [(ranks[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in ranks]
+        candidates = [(ranks[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in ranks]
         if not candidates:
             break
         _, i = min(candidates)

@@ -2,7 +2,8 @@
 Safe Pickle
 
 This file implements reading pickled tokenizers without running anything that is in them, following:
-- "PEP 307 - Extensions to the pickle protocol" and the opcode list in the standard library's `pickletools`
+- "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019) - a tokenizer is a vocabulary and a
+  list of merges: plain data, so its file needs no code
 
 A pickle is a program for a small stack machine, and some of its instructions import and call functions: whoever opens a
 stranger's file runs the stranger's code. A tokenizer needs none of these instructions. Every opcode is checked before
@@ -65,14 +66,14 @@ def check(data: bytes) -> None:
     """
     Raise UnsafePickleError unless a pickle holds nothing but plain data.
 
-    PAPER: PEP 307 (the opcodes); the documentation of `pickle` warns that unpickling can run arbitrary code.
+    PAPER: none; PEP 307 and the standard library's `pickletools` describe the opcodes.
     PAPER CONTEXT: Protocol 2 and later are binary: each opcode tells how many bytes of argument follow.
     INTUITION: Read the program without running it, and refuse it if it can do more than build data.
     IMPLEMENTATION: Walk from opcode to opcode by a table of argument sizes.
     WHY: An allow-list has no holes to forget; a deny-list has those that nobody thought of.
 
     >>> check(pickle.dumps({"merges": [("a", "b")], "size": 257}))
-    >>> check(pickle.dumps(io.BytesIO()))
+    >>> check(pickle.dumps(io.BytesIO()))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     phase1_foundation.project2_tokenizer.safe_pickle.UnsafePickleError: opcode STACK_GLOBAL ... more than plain data
     """

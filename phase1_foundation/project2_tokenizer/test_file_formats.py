@@ -13,14 +13,15 @@ import struct
 import numpy as np
 import pytest
 
-from common import DATA, ROOT
+from common import DATA
 from phase1_foundation.project2_tokenizer import config, download_data, patterns, safe_pickle, train_tokenizer
 from phase1_foundation.project2_tokenizer.corpus import Corpus
 from phase1_foundation.project2_tokenizer.safe_pickle import UnsafePickleError
 from phase1_foundation.project2_tokenizer.tokenizer import RULES, BPETokenizer
 
 TEXTS = [
-    "The quick brown fox's 3 friends, 12345 of them!  \n\n  They'll jump.", "naïve café 漢字 ½ ٣ 👩‍👩‍👧", "\t\r\n x\u00a0y\u2028z",
+    "The quick brown fox's 3 friends, 12345 of them!  \n\n  They'll jump.",
+    "naïve café 漢字 ½ ٣ 👩‍👩‍👧", "\t\r\n x\u00a0y\u2028z",
     "<|endoftext|>a<|pad|>", "", "def f(x):\n\treturn x**2  # squared\n", "aaaaaaaaaaaaaaaaaaaaaaaa" * 20,
 ]  # fmt: skip
 
@@ -134,7 +135,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path):
     trained().save(tmp_path / "t.pkl")
     data = (tmp_path / "t.pkl").read_bytes()
     for size in [*range(0, 200), *range(200, len(data), 997)]:
-        with pytest.raises(UnsafePickleError, match="cut off|damaged|beyond"):
+        with pytest.raises(UnsafePickleError, match=r"cut off|damaged|beyond"):
             safe_pickle.loads(data[:size])
 
 
@@ -203,18 +204,17 @@ def test_gpt2_goes_to_huggingface_and_transformers(tmp_path):
     assert BPETokenizer.from_huggingface(tmp_path) == gpt2
 
 
-def published(tokenizer, **changes) -> dict:
+def published(folder, **changes):
     """A tokenizer.json with some entries changed, as other tools write them."""
-    path = tokenizer.to_huggingface(ROOT / "checkpoints" / "project2" / "test" / "tokenizer.json")
+    path = trained().to_huggingface(folder / "tokenizer.json")
     content = json.loads(path.read_text(encoding="utf-8"))
-    path.unlink()
-    path.parent.rmdir()
     for key, value in changes.items():
         if isinstance(value, dict) and isinstance(content.get(key), dict):
             content[key] |= value
         else:
             content[key] = value
-    return content
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
 
 
 @pytest.mark.parametrize(
@@ -234,8 +234,7 @@ def published(tokenizer, **changes) -> dict:
     ids=["NFC", "NFKC", "ignore_merges", "unk_token", "an expression of its own", "removed"],
 )  # fmt: skip
 def test_published_variants_give_huggingfaces_ids(tmp_path, changes):
-    path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps(published(trained(), **changes)), encoding="utf-8")
+    path = published(tmp_path, **changes)
     theirs, ours = read_by_huggingface(path), BPETokenizer.from_huggingface(path)
     for text in [*TEXTS, "e\u0301 ﬁ ① \u1100\u1161", prose()[:5000]]:
         assert ours.encode(text, "all") == theirs.encode(text, add_special_tokens=False).ids, text
@@ -263,8 +262,7 @@ def test_published_variants_give_huggingfaces_ids(tmp_path, changes):
     ],
 )  # fmt: skip
 def test_files_that_we_could_not_reproduce_are_refused(tmp_path, changes, message):
-    path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps(published(trained(), **changes)), encoding="utf-8")
+    path = published(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
         BPETokenizer.from_huggingface(path)
 
@@ -337,7 +335,7 @@ def test_special_tokens_follow_their_number():
         "<|reserved_1|>",
     ]
     for flags in (["--vocab_size", "259"], ["--num_special_tokens", "-1"], ["--special_tokens", "a", "a", "b", "c"]):
-        with pytest.raises(ValueError, match="VOCAB_SIZE=259|NUM_SPECIAL_TOKENS=-1|SPECIAL_TOKENS="):
+        with pytest.raises(ValueError, match=r"VOCAB_SIZE=259|NUM_SPECIAL_TOKENS=-1|SPECIAL_TOKENS="):
             load(config, flags)
 
 

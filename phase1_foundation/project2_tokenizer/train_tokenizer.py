@@ -33,8 +33,10 @@ def main(argv=None):
         tokenizer.save(s.TOKENIZER_PATH)
         run.print(f"Learned {len(tokenizer.merges):,} merges from {human(corpus.bytes)}B of text in {seconds:.1f} s")
         if tokenizer.vocab_size < s.VOCAB_SIZE:
-            run.print(f"No more pairs occur {s.MIN_FREQUENCY} times, so there are {tokenizer.vocab_size:,} ids instead of "
-                      f"{s.VOCAB_SIZE:,}: take more text for more")  # fmt: skip
+            run.print(
+                f"No more pairs occur {s.MIN_FREQUENCY} times: there are {tokenizer.vocab_size:,} ids, "
+                f"not {s.VOCAB_SIZE:,}; take more text for more"
+            )
         figures = judge(run, tokenizer, corpus)
         run.log(vocab_size=tokenizer.vocab_size, train_bytes=corpus.bytes, seconds=seconds, **figures)
         run.print(f"Wrote {s.TOKENIZER_PATH}: {tokenizer!r}, fingerprint {tokenizer.fingerprint[:12]}")
@@ -69,7 +71,8 @@ def train(run, s, corpus):
 
     return BPETokenizer.train(
         corpus, s.VOCAB_SIZE, config.special_tokens(s), pattern=s.PATTERN, rule=s.RULE, engine=s.ENGINE,
-        min_frequency=s.MIN_FREQUENCY, num_threads=s.NUM_THREADS, max_unique_words=s.MAX_UNIQUE_WORDS, progress=progress,
+        min_frequency=s.MIN_FREQUENCY, num_threads=s.NUM_THREADS, max_unique_words=s.MAX_UNIQUE_WORDS,
+        progress=progress,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ Each component is explained with paper references for educational purposes.
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 
 import numpy as np
 from numba import njit
@@ -178,7 +179,16 @@ def _word_places(table, arena_start, starts, lengths, counts):
 
 
 class WordTable:
-    """Distinct words (as bytes) with their counts; at most `max_words` of them."""
+    """
+    Distinct words (as bytes) with their counts; at most about `max_words` of them.
+
+    PAPER: arXiv:1508.07909, section 3.2.
+    PAPER CONTEXT: The dictionary of a corpus is all that BPE needs of it.
+    INTUITION: A full page is copied to a larger one; when there is no larger one, the rarest words are crossed out.
+    IMPLEMENTATION: Arrays that double; at `max_words` the rarer half is dropped (`dropped` says how many in all). A
+        word's count is then too low by what it had each time it was dropped, which matters to rare words alone.
+    WHY: Names, numbers and typing errors grow with the text without end; the words that merges come from do not.
+    """
 
     def __init__(self, max_words: int, slots: int = 1 << 16):
         self.max_words = max_words
@@ -284,7 +294,7 @@ def count_words(
                 done += mine.pop(0).result()
                 if progress:
                     progress(done)
-        for future in sum(waiting, []):
+        for future in chain.from_iterable(waiting):
             done += future.result()
             if progress:
                 progress(done)

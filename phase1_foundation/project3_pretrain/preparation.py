@@ -238,6 +238,11 @@ def ensure_tokenizer(settings, inputs):
     print(f"Learning a vocabulary of {settings.VOCAB_SIZE} tokens from the text into {path}")
     texts = _sample(inputs, settings.VAL_FRACTION)
     tokenizer = BPETokenizer.train(texts, settings.VOCAB_SIZE, special_tokens=[END_OF_TEXT], rule="merges")
+    if tokenizer.vocab_size < settings.VOCAB_SIZE:
+        raise ValueError(
+            f"VOCAB_SIZE={settings.VOCAB_SIZE}, but the text has only enough different words for "
+            f"{tokenizer.vocab_size} tokens: use VOCAB_SIZE={tokenizer.vocab_size}, or more text"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(path)
     return tokenizer

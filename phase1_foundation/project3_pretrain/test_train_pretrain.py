@@ -14,8 +14,8 @@ from phase1_foundation.project3_pretrain.hooks import read_metrics
 from phase1_foundation.project3_pretrain.loading import load
 
 TINY = ["--model", "cpu-tiny", "--block_size", "32", "--batch_tokens", "256", "--max_steps", "12",
-        "--warmup_steps", "2", "--eval_every", "6", "--eval_tokens", "512", "--save_every", "1", "--sample_tokens", "8", "--device", "cpu",
-        "--dtype", "float32", "--no_compile", "--use", "--vocab_size", "300", "--dropout", "0.1"]  # fmt: skip
+        "--warmup_steps", "2", "--eval_every", "6", "--eval_tokens", "512", "--save_every", "1",
+        "--sample_tokens", "8", "--device", "cpu", "--dtype", "float32", "--no_compile", "--use", "--vocab_size", "300", "--dropout", "0.1"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +23,25 @@ def data(tmp_path_factory):
     """Flags that name a small text, its tokens and its tokenizer."""
     folder = tmp_path_factory.mktemp("data")
     rng = random.Random(0)
-    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "her", "dog"]
+    syllables = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "her", "dog"]
+    words = syllables + [a + b for a in syllables for b in syllables]
     lines = (" ".join(rng.choices(words, k=30)) + "." for _ in range(200))
     (folder / "text.txt").write_text("\n".join(lines), encoding="utf-8")
     return ["--train_data_path", f"{folder}/text.txt", "--data_dir", f"{folder}/tokens", "--val_fraction", "0.1",
             "--tokenizer", f"{folder}/tokenizer.pkl"]  # fmt: skip
+
+
+def test_a_text_too_poor_for_the_vocabulary_is_refused(capsys, tmp_path):
+    (tmp_path / "text.txt").write_text("one two three\n" * 50, encoding="utf-8")
+    flags = [
+        "--train_data_path",
+        f"{tmp_path}/text.txt",
+        "--tokenizer",
+        f"{tmp_path}/t.pkl",
+        "--data_dir",
+        str(tmp_path),
+    ]
+    assert "VOCAB_SIZE=300, but the text has only enough" in _fails(capsys, *flags, "--out_dir", str(tmp_path))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ import torch.distributed as dist
 
 from common import catalog, checkpoint
 from common.run import Run
-from phase1_foundation.project1_minimal_gpt.sampling import generate
 from phase1_foundation.project3_pretrain import config
 from phase1_foundation.project3_pretrain.data import TokenDataset
 from phase1_foundation.project3_pretrain.evaluation import bits_per_byte, validation_loss
@@ -37,6 +36,7 @@ from phase1_foundation.project3_pretrain.preparation import prepare
 from phase1_foundation.project3_pretrain.presets import PRESETS
 from phase1_foundation.project3_pretrain.schedules import SCHEDULES
 from phase1_foundation.project3_pretrain.trainer import NextToken, Step, fit
+from phase1_foundation.project3_pretrain.writing import write
 
 
 def main(argv=None):
@@ -187,13 +187,7 @@ def autocast_dtype(s):
 
 def write_sample(model, tokenizer, s):
     """A sample that begins with PROMPT."""
-    device = next(model.parameters()).device
-    tokens = torch.tensor([tokenizer.encode(s.PROMPT)], device=device)
-    generator = torch.Generator(device).manual_seed(s.SEED)
-    model.eval()
-    with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
-        out = generate(model, tokens, s.SAMPLE_TOKENS, temperature=0.8, top_k=50, generator=generator)
-    return tokenizer.decode(out[0].tolist())
+    return write(model, tokenizer, s.PROMPT, s.SAMPLE_TOKENS, seed=s.SEED)
 
 
 def conclude(run, model, tokenizer, val_set):
