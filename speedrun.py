@@ -45,7 +45,7 @@ _BUNDLED = DATA / "sample_corpus.jsonl.xz"
 _PROMPTS = ("The ", "Once upon a time", "ROMEO:\n", "Water is")
 # preset -> flags of train_pretrain.py
 _TRAINING = {
-    "cpu": ["--model", "cpu-small", "--block_size", "128", "--batch_tokens", "4096", "--max_steps", "500"],
+    "cpu": ["--model", "cpu-small", "--block_size", "128", "--batch_tokens", "2048", "--max_steps", "500"],
     "h100": ["--model", "llama-125m", "--block_size", "1024", "--batch_tokens", "491520", "--max_steps", "1000"],
     "quick": ["--model", "cpu-tiny", "--block_size", "64", "--batch_tokens", "2048", "--max_steps", "40",
               "--warmup_steps", "4", "--eval_every", "20", "--eval_tokens", "8192"],

@@ -166,6 +166,8 @@ def _add_flag(group, constant):
     if kind is bool:
         off = ["--no_" + constant.name.lower(), "--no-" + constant.name.lower().replace("_", "-")]
         group.add_argument(*names, action="store_true", **options)
+        if constant.name.startswith("NO_"):
+            return  # nobody needs --no_no_fallback
         group.add_argument(
             *dict.fromkeys(off),
             action="store_false",

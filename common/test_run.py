@@ -156,7 +156,7 @@ def test_the_first_interrupt_asks_and_the_second_stops(config, capfd):
 
 def test_other_ranks_stay_silent(config, capfd, monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit) as stopped, Run(config, []) as run:
+    with pytest.raises(SystemExit) as stopped, Run(config, []) as run:  # noqa: PT012 - it is raised on leaving
         assert not run.is_main
         run.print("hello")
         run.metrics(tmp_path / "metrics.jsonl")

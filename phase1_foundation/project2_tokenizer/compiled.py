@@ -13,7 +13,7 @@ from pathlib import Path
 
 from numba import njit
 
-_SOURCES = ("scanner", "word_keys", "word_counts", "fast_training", "fast_encoding", "compiled")
+_SOURCES = ("scanner", "word_keys", "word_counts", "pair_index", "fast_training", "fast_encoding", "compiled")
 
 
 def _stamp() -> str:

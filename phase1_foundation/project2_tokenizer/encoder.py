@@ -26,6 +26,11 @@ BATCH_CHARACTERS = 1 << 20  # of text encoded by one call of the compiled loop
 _MASKS = byte_masks()
 
 
+def _empty_cache() -> np.ndarray:
+    """A cache that knows nothing; its pages take no memory until they are written."""
+    return np.zeros((CACHE_SLOTS, 8), dtype=np.uint64)
+
+
 class Encoder:
     """
     A vocabulary compiled for encoding.
@@ -57,8 +62,9 @@ class Encoder:
         )
         self._build_trie(tokens if rule != fast_encoding.MERGES else [])
         self._integers = np.arange(max(i for _, i in tokens) + 1).astype(object)
+        self._classes = character_classes()
         self._idle: list[np.ndarray] = []
-        self._first_cache = np.zeros((CACHE_SLOTS, 8), dtype=np.uint64)
+        self._first_cache: np.ndarray | None = _empty_cache()
         self._warm(tokens)
 
     def _build_trie(self, tokens: list[tuple[bytes, int]]) -> None:
@@ -85,11 +91,16 @@ class Encoder:
         out = np.empty(len(buffer.data), dtype=np.int32)  # one id a byte at most; pages never written cost nothing
         ends = np.empty(len(buffer.starts), dtype=np.int64)
         count = fast_encoding.encode_documents(
-            buffer.data, buffer.eights, buffer.starts, buffer.lengths, character_classes(), buffer.transitions,
+            buffer.data, buffer.eights, buffer.starts, buffer.lengths, self._classes, buffer.transitions,
             self.rule, self.table, self.merged, self.byte_ids, self.trie, self.node_token,
             cache, cache.view(np.int32), _MASKS, out, ends,
         )  # fmt: skip
         return out[:count], buffer.document_ends(ends)
+
+    def forget(self) -> None:
+        """Empty the caches, also of the vocabulary's own tokens (to measure how fast a cold start is)."""
+        self._first_cache = None
+        self._idle.clear()
 
     def encode_texts(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """
@@ -100,7 +111,7 @@ class Encoder:
         try:
             cache = self._idle.pop()
         except IndexError:
-            cache = self._first_cache.copy()
+            cache = _empty_cache() if self._first_cache is None else self._first_cache.copy()
         try:
             return self._encode(TextBuffer(texts, self.pattern), cache)
         finally:

@@ -15,6 +15,8 @@ from phase1_foundation.project2_tokenizer.bytes_alphabet import encode_utf8
 from phase1_foundation.project2_tokenizer.patterns import split
 from phase1_foundation.project2_tokenizer.scanner import NO_CUTS, PADDING, transitions
 
+_END = bytes(PADDING)
+
 
 class TextBuffer:
     """
@@ -49,12 +51,14 @@ class TextBuffer:
     def _fill(self, documents: list[bytes], transitions: np.ndarray) -> None:
         """Lay the documents out."""
         self.transitions = transitions
-        self.lengths = np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
-        self.starts = np.zeros(len(documents), dtype=np.int64)
-        np.cumsum(self.lengths[:-1] + 1, out=self.starts[1:])
-        buffer = b"\0".join([*documents, bytes(PADDING)])
+        count = len(documents)
+        self.lengths = np.fromiter(map(len, documents), dtype=np.int64, count=count)
+        self.starts = np.zeros(count, dtype=np.int64)
+        if count > 1:
+            np.cumsum(self.lengths[:-1] + 1, out=self.starts[1:])
+        buffer = b"\0".join([*documents, _END])
         self.data = np.frombuffer(buffer, dtype=np.uint8)
-        self.eights = np.ndarray((len(buffer) - 7,), dtype="<u8", buffer=buffer, strides=(1,))
+        self.eights = np.ndarray((len(buffer) - 7,), "<u8", buffer, strides=(1,))
 
     def document_ends(self, ends: np.ndarray) -> np.ndarray:
         """From the ends of the buffer's documents to those of the texts that were given."""

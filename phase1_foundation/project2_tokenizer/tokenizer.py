@@ -362,17 +362,18 @@ def _train_fast(
     """Count words on all processors, then learn merges with incremental counts."""
     from phase1_foundation.project2_tokenizer import fast_training, word_counts
 
-    words = word_counts.count_words(
+    byte_ids = np.argsort(np.array(byte_order())).astype(np.int32)
+    counted = word_counts.count_words(
         texts,
         pattern,
         num_threads,
         max_unique_words or word_counts.MAX_UNIQUE_WORDS,
         progress and (lambda done: progress("count", done, 0)),
-    ).words()
-    byte_ids = np.argsort(np.array(byte_order())).astype(np.int32)
-    return fast_training.learn_merges(
-        *words, byte_ids, n_merges, min_frequency, progress and (lambda done, total: progress("merge", done, total))
     )
+    state = fast_training.lay_out(counted.words(), byte_ids, n_merges)
+    del counted  # the table of words is the largest thing by now
+    merged = progress and (lambda done, total: progress("merge", done, total))
+    return fast_training.learn_merges(state, n_merges, min_frequency, merged)
 
 
 @lru_cache(maxsize=64)

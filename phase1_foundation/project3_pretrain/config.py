@@ -32,8 +32,8 @@ BLOCK_SIZE = 1024 if _GPU else 128  # tokens of context
 DROPOUT = 0.0  # in attention, MLP and embeddings
 
 # == Training ==
-MAX_STEPS = 1000 if _GPU else 600  # optimizer steps
-BATCH_TOKENS = 491_520 if _GPU else 4096  # tokens of one optimizer step, over all micro batches and ranks
+MAX_STEPS = 1000 if _GPU else 500  # optimizer steps
+BATCH_TOKENS = 491_520 if _GPU else 2048  # tokens of one optimizer step, over all micro batches and ranks
 MICRO_BATCH = 0  # sequences of one forward; 0 chooses the largest that fits the free memory
 OPTIMIZER = "muon"  # muon (hidden matrices; AdamW for the rest) or adamw
 LEARNING_RATE = 3e-3 if _GPU else 6e-3  # peak, of hidden matrices and vectors

@@ -65,7 +65,7 @@ PRESETS: dict[str, Callable[..., ModelConfig]] = {
     ),
     # For two CPU cores: a few million parameters that learn in minutes, and a size for tests.
     "cpu-small": llama(
-        vocab_size=4096, block_size=256, n_layer=6, n_head=4, n_embd=256, qk_norm=True, tie_head=True
+        vocab_size=4096, block_size=256, n_layer=4, n_head=4, n_embd=256, qk_norm=True, tie_head=True
     ),
     "cpu-tiny": llama(vocab_size=256, block_size=64, n_layer=2, n_head=2, n_embd=32, qk_norm=True, tie_head=True),
 }  # fmt: skip

@@ -15,7 +15,8 @@ from phase1_foundation.project3_pretrain.loading import load
 
 TINY = ["--model", "cpu-tiny", "--block_size", "32", "--batch_tokens", "256", "--max_steps", "12",
         "--warmup_steps", "2", "--eval_every", "6", "--eval_tokens", "512", "--save_every", "1",
-        "--sample_tokens", "8", "--device", "cpu", "--dtype", "float32", "--no_compile", "--use", "--vocab_size", "300", "--dropout", "0.1"]  # fmt: skip
+        "--sample_tokens", "8", "--device", "cpu", "--dtype", "float32", "--no_compile", "--use",
+        "--vocab_size", "300", "--dropout", "0.1"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 from phase1_foundation.project1_minimal_gpt.sampling import generate
 
 
-class KnownTokens:
+class _KnownTokens:
     """A model whose logits end where the tokenizer's vocabulary does, for `generate`.
 
     Vocabularies are padded to a multiple of 64 for fast products; the padding must never be drawn.
@@ -47,7 +47,7 @@ def write(model, tokenizer, prompt, max_new_tokens, temperature=0.8, top_k=50, s
     training = model.training
     model.eval()
     with torch.compiler.set_stance("force_eager"):
-        known = KnownTokens(model, tokenizer.vocab_size)
+        known = _KnownTokens(model, tokenizer.vocab_size)
         out = generate(known, tokens, max_new_tokens, temperature=temperature, top_k=top_k, generator=generator)
     model.train(training)
     return tokenizer.decode(out[0, len(start) :].tolist() if not prompt else out[0].tolist())
