@@ -7,10 +7,12 @@ This file implements how the loops of the fast path are compiled and kept, follo
 Each component is explained with paper references for educational purposes.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
+from filelock import FileLock
 from numba import njit
 
 _SOURCES = ("scanner", "word_keys", "word_counts", "pair_index", "fast_training", "fast_encoding", "compiled")
@@ -33,11 +35,33 @@ def compiled(function: Callable) -> Callable:
     PAPER CONTEXT: The paper's own code is plain Python, which takes hours where this takes seconds.
     INTUITION: Python decides at every step what `+` means; for loops over arrays of integers that is all it does.
     IMPLEMENTATION: numba; its cache looks only at the file a function is in, but ours call each other across files, so
-        the cache is tied to the content of all of them: change one and everything is compiled anew.
+        the cache is tied to the content of all of them: change one and everything is compiled anew. Processes that
+        start together take turns at a function's cache, which numba itself leaves to chance.
     WHY: Half a minute of compilation is paid once a machine, and an edited loop is never shadowed by an old one.
     """
     dispatcher = njit(cache=True, nogil=True)(function)
     cache_file = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
     if hasattr(cache_file, "_source_stamp"):
         cache_file._source_stamp = _STAMP
+        _take_turns(cache_file)
     return dispatcher
+
+
+def _take_turns(cache_file) -> None:
+    """Let one process at a time read or write the cache of a function.
+
+    Two processes that save different signatures at once would give both the same file name, and the next one to load
+    would run the wrong machine code.
+    """
+    lock = FileLock(f"{cache_file._index_path}.lock")
+
+    def locked(action):
+        @functools.wraps(action)
+        def turn(*arguments):
+            Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+            with lock:
+                return action(*arguments)
+
+        return turn
+
+    cache_file.load, cache_file.save = locked(cache_file.load), locked(cache_file.save)
