@@ -63,9 +63,9 @@ class Encoder:
         self._build_trie(tokens if rule != fast_encoding.MERGES else [])
         self._integers = np.arange(max(i for _, i in tokens) + 1).astype(object)
         self._classes = character_classes()
+        self._words = TextBuffer.of_pieces([token for token, _ in sorted(tokens, key=lambda item: -item[1])])
         self._idle: list[np.ndarray] = []
-        self._first_cache: np.ndarray | None = _empty_cache()
-        self._warm(tokens)
+        self.forget()
 
     def _build_trie(self, tokens: list[tuple[bytes, int]]) -> None:
         """The trie of all tokens, where the rule looks whole tokens up."""
@@ -81,11 +81,6 @@ class Encoder:
         self.trie = fast_encoding.empty_table(nodes)  # tokens share their beginnings: a third of the room is enough
         fast_encoding.copy_table(roomy, self.trie)
 
-    def _warm(self, tokens: list[tuple[bytes, int]]) -> None:
-        """Encode all tokens once, so that the cache knows them; the most frequent (lowest ids) last."""
-        words = TextBuffer.of_pieces([token for token, _ in sorted(tokens, key=lambda item: -item[1])])
-        self._encode(words, self._first_cache)
-
     def _encode(self, buffer: TextBuffer, cache: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """All ids of a buffer, and where each of its documents ends among them."""
         out = np.empty(len(buffer.data), dtype=np.int32)  # one id a byte at most; pages never written cost nothing
@@ -97,10 +92,15 @@ class Encoder:
         )  # fmt: skip
         return out[:count], buffer.document_ends(ends)
 
-    def forget(self) -> None:
-        """Empty the caches, also of the vocabulary's own tokens (to measure how fast a cold start is)."""
-        self._first_cache = None
-        self._idle.clear()
+    def forget(self, also_vocabulary: bool = False) -> None:
+        """
+        Forget all text that was encoded, as if just loaded: one cache is left, which knows the vocabulary's own tokens.
+
+        With `also_vocabulary` not even these, so that every word there is has to be worked out once.
+        """
+        self._idle = [_empty_cache()]
+        if not also_vocabulary:
+            self._encode(self._words, self._idle[0])
 
     def encode_texts(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """
@@ -111,7 +111,7 @@ class Encoder:
         try:
             cache = self._idle.pop()
         except IndexError:
-            cache = _empty_cache() if self._first_cache is None else self._first_cache.copy()
+            cache = _empty_cache()  # as many as there are calls at the same time
         try:
             return self._encode(TextBuffer(texts, self.pattern), cache)
         finally:

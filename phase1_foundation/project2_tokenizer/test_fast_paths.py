@@ -65,6 +65,14 @@ def test_the_scanner_cuts_as_the_expression_does(name, text):
 
 
 @pytest.mark.parametrize("name", PATTERNS)
+def test_the_scanner_can_stop_and_go_on_anywhere(name):
+    for before in range(40):  # `scanned` gives it room for a dozen pieces: every pause falls into the blanks once
+        for tail in ("\n \n x", "\n\t\t\n\r x", "  \n  x", "   1", "'ll've"):
+            text = "a1" * before + tail * 3
+            assert scanned(text, PATTERNS[name]) == split(text, PATTERNS[name])
+
+
+@pytest.mark.parametrize("name", PATTERNS)
 def test_the_scanner_cuts_prose_as_the_expression_does(name):
     text = "\n\n".join(corpus())
     assert scanned(text, PATTERNS[name]) == split(text, PATTERNS[name])

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from common import DATA, ROOT
 from common.run import Run
 from phase1_foundation.project2_tokenizer import config, patterns
-from phase1_foundation.project2_tokenizer.bytes_alphabet import decode_utf8, from_printable
+from phase1_foundation.project2_tokenizer.bytes_alphabet import from_printable
 from phase1_foundation.project2_tokenizer.tokenizer import RULES, BPETokenizer
 
 GPT2_FILES = DATA / "gpt2" / "encoder.json.gz", DATA / "gpt2" / "vocab.bpe.gz"
@@ -337,9 +337,8 @@ def colour(tokenizer, text):
     table = Table("token", "id", "bytes", "hex", box=None)
     for k, i in enumerate(ids):
         data = tokenizer.decode_bytes([i])
-        shown = Text(
-            decode_utf8(data).encode("utf-8", "replace").decode(), style=f"white on {grounds[k % len(grounds)]}"
-        )
+        part = data.decode("utf-8", "backslashreplace")  # part of a character: its bytes
+        shown = Text(part, style=f"white on {grounds[k % len(grounds)]}")
         line.append_text(shown)
         table.add_row(shown, str(i), str(len(data)), data.hex(" "))
     console.print(line)

@@ -173,7 +173,7 @@ def measure_cpu(report, s, device):
     theirs = _Theirs(peer, loss, device, 16, 1, 128, config.vocab_size)
     timings = measure({"ours": ours, "transformers": theirs}, s.REPEATS, 2, device)
     rate = timings["ours"].rate(ours.tokens)
-    report.row("training step, 6 layers x 256, float32", rate[0], "tok/s", spread=rate[1:],
+    report.row(f"training step, {config.n_layer} layers x {config.n_embd}, float32", rate[0], "tok/s", spread=rate[1:],
                peer=theirs.tokens / timings["transformers"].median, peer_name="transformers",
                note="AdamW and clipping included, 16 x 128 tokens a step")  # fmt: skip
     report.skip("124M training", "needs a GPU")
