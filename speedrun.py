@@ -23,7 +23,8 @@ from common.plots import curves
 from common.progress import clock
 from common.run import Run
 from common.stages import Stages
-from phase1_foundation.project3_pretrain import evaluation, prepare_data, train_pretrain, zero_shot
+from phase1_foundation.project3_pretrain import config as pretrain_config
+from phase1_foundation.project3_pretrain import download_data, evaluation, prepare_data, train_pretrain, zero_shot
 from phase1_foundation.project3_pretrain.data import TokenDataset
 from phase1_foundation.project3_pretrain.hooks import read_metrics
 from phase1_foundation.project3_pretrain.loading import load
@@ -35,8 +36,8 @@ DEVICE = pick_device()  # cuda, mps or cpu
 SEED = 1337  # of every stage
 PRESET = "cpu"  # cpu (a few million parameters) or h100 (125M parameters)
 QUICK = False  # a few steps of a tiny model: does everything work?
-TEXT: list[str] = []  # text files (.txt, .jsonl, also .gz, .xz, .zst); none: the bundled sample
-VOCAB_SIZE = 4096  # tokens of the vocabulary
+TEXT: list[str] = []  # text files (.txt, .jsonl, also compressed); none: the bundled sample, or a download (h100)
+VOCAB_SIZE: int | None = None  # tokens of the vocabulary; none: what suits the preset
 REPORT_DIR = str(ROOT / "report")  # report.md with curves and samples
 OUT_DIR = str(CHECKPOINTS / "speedrun")  # tokenizer, checkpoints, metrics
 DATA_DIR = str(DATA / "speedrun")  # tokenised data
@@ -59,7 +60,7 @@ def validate_config(settings=None):
         raise ValueError(f"PRESET={s.PRESET} is unknown: use one of {', '.join(_TRAINING)}")
     if s.PRESET == "h100" and s.DEVICE != "cuda":
         raise ValueError(f"PRESET=h100 needs a GPU, and DEVICE={s.DEVICE}: use --preset cpu")
-    if s.VOCAB_SIZE < 257:
+    if s.VOCAB_SIZE is not None and s.VOCAB_SIZE < 257:
         raise ValueError(f"VOCAB_SIZE={s.VOCAB_SIZE} must be at least 257: one token a byte, and <|endoftext|>")
 
 
@@ -76,13 +77,14 @@ def main(argv=None):
 
 def speedrun(s):
     """The way from text to a report, stage by stage."""
-    out, texts = Path(s.OUT_DIR), [Path(text) for text in s.TEXT] or [_BUNDLED]
+    out = Path(s.OUT_DIR)
     tokenizer, train, val = out / "tokenizer.pkl", Path(s.DATA_DIR) / "train.bin", Path(s.DATA_DIR) / "val.bin"
     best, scores = out / "best.pt", out / "scores.json"
     flags = _TRAINING["quick" if s.QUICK else s.PRESET]
     stages = Stages(out / "stages.json")
+    texts = find_texts(s, stages)
     stages.run("tokenizer and data", lambda fresh: prepare(texts, tokenizer, s), files=texts,
-               settings=s.VOCAB_SIZE, outputs=[tokenizer, train, val])  # fmt: skip
+               settings=vocab_size(s), outputs=[tokenizer, train, val])  # fmt: skip
     stages.run("pre-training", lambda fresh: pretrain(flags, tokenizer, s, fresh), files=[train, val],
                settings=[flags, s.SEED], outputs=[best])  # fmt: skip
     stages.run("evaluation", lambda fresh: evaluate(best, train, val, s, scores), files=[best, train, val],
@@ -90,11 +92,25 @@ def speedrun(s):
     write_report(s, stages, texts, json.loads(scores.read_text(encoding="utf-8")))
 
 
+def find_texts(s, stages):
+    """The text to learn from: what TEXT names, a download for the large preset, else the bundled sample."""
+    if s.TEXT or s.PRESET == "cpu" or s.QUICK:
+        return [Path(text) for text in s.TEXT] or [_BUNDLED]
+    path = Path(pretrain_config.TRAIN_DATA_PATH)
+    stages.run("text", lambda fresh: download_data.main(["--size", "large"]), outputs=[path])
+    return [path]
+
+
+def vocab_size(s):
+    """Tokens of the vocabulary: more for a larger model and more text."""
+    return s.VOCAB_SIZE or (32768 if s.PRESET == "h100" else 4096)
+
+
 def prepare(texts, tokenizer, s):
     """Learn a vocabulary (project 2) and turn the texts into memory maps, some documents held out (project 3)."""
     tokenizer.unlink(missing_ok=True)  # the text or the size of the vocabulary has changed
     prepare_data.main(["--train_data_path", ",".join(map(str, texts)), "--data_dir", s.DATA_DIR,
-                       "--tokenizer", str(tokenizer), "--vocab_size", str(s.VOCAB_SIZE)])  # fmt: skip
+                       "--tokenizer", str(tokenizer), "--vocab_size", str(vocab_size(s))])  # fmt: skip
 
 
 def pretrain(flags, tokenizer, s, fresh):

@@ -81,5 +81,6 @@ def bars(path, labels, groups, ylabel, title):
         drawn = axes.bar(xs, ys, width * 0.92, label=name, color=_COLOURS[index % len(_COLOURS)])
         axes.bar_label(drawn, fmt="%.3g", fontsize=8)
     axes.set_xticks(range(len(labels)), labels)
-    axes.legend(frameon=False, fontsize=9)
+    axes.margins(y=0.28)  # room for the legend above the bars
+    axes.legend(frameon=False, fontsize=9, ncols=2, loc="upper right")
     return _write(figure, path)

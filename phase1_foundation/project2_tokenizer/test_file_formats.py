@@ -124,6 +124,12 @@ def test_a_hostile_pickle_is_refused_and_runs_nothing(tmp_path, name):
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("name", ["memo index of 4 billion", "string of 4 GB", "string of 16 EB", "os.system", "bytes"])
+def test_what_could_eat_the_machine_is_refused_before_anything_is_executed(name):
+    with pytest.raises(UnsafePickleError, match=r"reaches beyond the file|can do more than plain data"):
+        safe_pickle.check(hostile("x")[name])
+
+
 def test_nothing_that_the_scan_lets_through_can_import():
     """The second wall by itself: the unpickler refuses classes and outside objects."""
     for data in (pickle.dumps(os.system), b"\x80\x04\x8c\x01xQ."):

@@ -292,6 +292,13 @@ def test_results_do_not_depend_on_what_was_encoded_before():
     assert [tokenizer.encode(word) for word in words] == first
 
 
+def test_a_long_piece_is_not_taken_for_its_beginning():
+    for size in (1, 30, 31, 32, 33, 62, 63, 64, 95, 255, 256, 287, 543):  # the cache holds pieces of up to 31 bytes
+        for text in ("-" * size, "ab" * (size // 2) + "c" * (size % 2)):  # dashes: long tokens, so few that they fit
+            for tokenizer in (gpt2(), small()):
+                assert tokenizer.encode(text) == tokenizer.encode(text, engine="reference")
+
+
 # --- as a value ---
 
 
