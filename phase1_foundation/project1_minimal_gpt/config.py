@@ -1,7 +1,7 @@
 """Constants of project 1: a character-level GPT.
 
 Every constant is a flag of the scripts (``--n_embd 256``). The defaults look at the device: a GPU trains the model of
-nanoGPT's Shakespeare lesson; a CPU trains a small one, in about two minutes on two cores.
+nanoGPT's Shakespeare lesson; a CPU trains a small one, in minutes on two cores.
 """
 
 import os
