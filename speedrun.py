@@ -28,6 +28,7 @@ from phase1_foundation.project3_pretrain import download_data, evaluation, prepa
 from phase1_foundation.project3_pretrain.data import TokenDataset
 from phase1_foundation.project3_pretrain.hooks import read_metrics
 from phase1_foundation.project3_pretrain.loading import load
+from phase1_foundation.project3_pretrain.running import set_aside
 from phase1_foundation.project3_pretrain.token_file import read_header
 from phase1_foundation.project3_pretrain.writing import write
 
@@ -115,9 +116,10 @@ def prepare(texts, tokenizer, s):
 
 def pretrain(flags, tokenizer, s, fresh):
     """Train the model (project 3); an interrupted run of the same settings continues."""
+    if fresh:  # at once: interrupted before its first save, the new run must find nothing of the old one
+        set_aside(s.OUT_DIR)
     places = ["--tokenizer", str(tokenizer), "--data_dir", s.DATA_DIR, "--out_dir", s.OUT_DIR]
-    train_pretrain.main([*flags, *places, "--seed", str(s.SEED), "--device", s.DEVICE,
-                         "--no_resume" if fresh else "--resume"])  # fmt: skip
+    train_pretrain.main([*flags, *places, "--seed", str(s.SEED), "--device", s.DEVICE])
 
 
 def evaluate(best, train, val, s, path):

@@ -8,6 +8,8 @@ import importlib
 import inspect
 import json
 import re
+import types
+import typing
 
 # group -> short name -> "module:function". A transform is `f(model, **json_args) -> model`.
 GROUPS = {
@@ -60,6 +62,29 @@ def parse(text):
     return name, options
 
 
+def _check_options(name, transform, options):
+    """Raise ValueError for options that a transform does not take, by name or by the type of their value."""
+    signature = inspect.signature(transform)
+    try:
+        signature.bind(None, **options)
+    except TypeError as error:
+        raise ValueError(f"{name} does not take the options {options} ({error}): it has {signature}") from error
+    for key, value in options.items():
+        parameter = signature.parameters.get(key)  # None for one of **options
+        if parameter and not _fits(value, parameter.annotation):
+            raise ValueError(f"{name} does not take {key}={value!r}: it has {signature}")
+
+
+def _fits(value, kind):
+    """Whether a JSON value is of an annotated type; one that JSON does not know, or no annotation, fits all."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return any(_fits(value, one) for one in typing.get_args(kind))
+    kind = typing.get_origin(kind) or kind  # list[str] -> list
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is kind or kind not in (bool, int, str, list, dict, types.NoneType)
+
+
 def apply(model, uses):
     """Apply transforms by name, in order, and record the persistent ones in ``model.recipe``.
 
@@ -68,7 +93,7 @@ def apply(model, uses):
         uses: texts as `parse` reads them, or (name, arguments) pairs as a recipe holds them.
 
     Raises:
-        ValueError: an unknown name, or arguments that the transform does not take.
+        ValueError: an unknown name, or arguments that the transform does not take, by name or by type.
     """
     for use in uses:
         name, options = parse(use) if isinstance(use, str) else use
@@ -78,12 +103,7 @@ def apply(model, uses):
             raise ValueError(f"unknown transform {name!r}: known are {known}")
         transform = resolve("transforms" if persistent else "runtime", name)
         recipe = list(getattr(model, "recipe", []))
-        try:
-            inspect.signature(transform).bind(model, **options)
-        except TypeError as error:
-            raise ValueError(
-                f"{name} does not take the options {options} ({error}): it has {inspect.signature(transform)}"
-            ) from error
+        _check_options(name, transform, options)
         model = transform(model, **options)
         model.recipe = [*recipe, [name, options]] if persistent else recipe
     return model

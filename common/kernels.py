@@ -5,6 +5,7 @@ shapes from the reference, and a CPU runs the reference, so a model that uses it
 implementation against its reference in float64, over as many drawn shapes as asked.
 """
 
+import copy
 import functools
 import os
 
@@ -64,7 +65,8 @@ def fuzz(function, reference, draw, cases=20, seed=0, tolerance=1e-2):
 
     Args:
         function, reference: take the same arguments, return a tensor or a tuple of tensors.
-        draw: ``draw(generator) -> arguments``; floating tensors among them are upcast for the reference.
+        draw: ``draw(generator) -> arguments``; floating tensors among them are upcast for the reference. Each of the
+            two gets copies, with the same strides, so that it may write into them.
         cases: how many draws.
         tolerance: largest allowed relative error.
 
@@ -77,8 +79,9 @@ def fuzz(function, reference, draw, cases=20, seed=0, tolerance=1e-2):
     worst = 0.0
     for case in range(cases):
         arguments = draw(torch.Generator().manual_seed(seed + case))
-        exact = reference(*(a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments))
-        out = function(*arguments)
+        wide = copy.deepcopy(arguments)  # `double` alone would hand over the tensor itself where it is float64 already
+        exact = reference(*(a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in wide))
+        out = function(*copy.deepcopy(arguments))
         pairs = zip(out, exact, strict=True) if isinstance(out, tuple) else [(out, exact)]
         error = max(relative_error(ours, theirs) for ours, theirs in pairs)
         shapes = [tuple(a.shape) for a in arguments if torch.is_tensor(a)]

@@ -90,6 +90,26 @@ def test_a_failed_check_exits_with_1_and_is_kept(house, capsys):
     assert not result["checks"][0]["ok"]
 
 
+def test_pages_show_the_checks_and_failed_ones_above_the_table(house):
+    mixed = report()
+    mixed.check("same ids as tiktoken", True, "10,000 texts")
+    mixed.check("round trip", False, "3 texts differ")
+    mixed.check("memory", False)
+    mixed.check("merges in order", True)
+    with pytest.raises(SystemExit):
+        mixed.finish()
+    benchmark.main([])
+    for page in ("phase1_foundation/project2_tokenizer/README.md", "RESULTS.md"):
+        text = (house / page).read_text(encoding="utf-8")
+        failed = "- **FAILED check: round trip** (3 texts differ)\n- **FAILED check: memory** (no details)\n"
+        assert text.index(failed) < text.index("| encode |")
+        assert text.index("Checks that passed in this run: same ids as tiktoken; merges in order.\n") > text.index(
+            "- encode: one thread\n\n"
+        )
+    nothing = {"device": "a CPU", "date": "2026-01-01", "versions": {}, "rows": [], "checks": []}
+    assert "check" not in "\n".join(benchmark._section(nothing)).lower()
+
+
 def test_another_folder_leaves_the_readme_alone(house, tmp_path):
     before = (house / "phase1_foundation/project2_tokenizer/README.md").read_bytes()
     report(folder=tmp_path / "elsewhere").finish()

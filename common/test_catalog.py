@@ -24,6 +24,11 @@ def freeze(model):
     return model.requires_grad_(False)
 
 
+def typed(model, every: int = 1, rate: float | None = None, names: list[str] = (), kind: object = None):
+    """A transform that says what it takes."""
+    return model
+
+
 def broken(model):
     """A transform with a bug of its own."""
     return model + None
@@ -33,9 +38,9 @@ def broken(model):
 def entries(monkeypatch):
     """Entries of our own; they replace the real ones for one test."""
     module = types.ModuleType("entries_of_a_test")
-    module.widen, module.freeze, module.broken = widen, freeze, broken
+    module.widen, module.freeze, module.broken, module.typed = widen, freeze, broken, typed
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    names = {name: f"{module.__name__}:{name}" for name in ("widen", "broken")}
+    names = {name: f"{module.__name__}:{name}" for name in ("widen", "broken", "typed")}
     monkeypatch.setitem(catalog.GROUPS, "transforms", names)
     monkeypatch.setitem(catalog.GROUPS, "runtime", {"freeze": f"{module.__name__}:freeze"})
 
@@ -70,7 +75,7 @@ def test_unknown_names_list_the_known_ones(entries):
         catalog.resolve("caches", "paged")
     with pytest.raises(ValueError, match="unknown name 'flash' in the catalog group 'runtime': known are freeze"):
         catalog.resolve("runtime", "flash")
-    with pytest.raises(ValueError, match="unknown transform 'flash': known are broken, freeze, widen"):
+    with pytest.raises(ValueError, match="unknown transform 'flash': known are broken, freeze, typed, widen"):
         catalog.apply(nn.Linear(2, 2), ["flash"])
 
 
@@ -100,6 +105,20 @@ def test_wrong_options_are_the_users_and_bugs_are_ours(entries):
         catalog.apply(nn.Linear(2, 2), ["widen:factor=2"])
     with pytest.raises(TypeError):
         catalog.apply(nn.Linear(2, 2), ["broken"])
+
+
+@pytest.mark.parametrize("option", ["every=abc", "every=1.5", "every=true", "every=null", "rate=fast", "names=q_proj"])
+def test_options_of_a_wrong_type_are_named(entries, option):
+    key, value = option.split("=")
+    shown = {"true": "True", "null": "None", "1.5": "1.5"}.get(value, repr(value))
+    with pytest.raises(ValueError, match=rf"typed does not take {key}={shown}: it has .*every: int = 1, rate: float"):
+        catalog.apply(nn.Linear(2, 2), [f"typed:{option}"])
+
+
+def test_options_of_the_right_type_pass(entries):
+    for options in ("every=2", "rate=3", "rate=0.5", "rate=null", 'names=["q_proj"]', "kind=3", "kind=odd"):
+        catalog.apply(nn.Linear(2, 2), [f"typed:{options}"])
+    catalog.apply(nn.Linear(2, 2), ["widen:times=2,kind=3"])  # no annotation, no check
 
 
 ENTRIES = [(group, name) for group, names in catalog.GROUPS.items() for name in names]

@@ -154,6 +154,26 @@ def test_fuzz_holds_every_output_against_float64():
         kernels.fuzz(lambda x, y, scale: (x + y,), both, draw)
 
 
+def test_fuzz_hands_out_copies():
+    drawn = []
+
+    def draw_wide(generator):
+        drawn.append(torch.randn(6, 5, generator=generator, dtype=torch.float64)[:, ::2])
+        return drawn[-1], torch.arange(6)
+
+    def in_place(x, shift):
+        """Overwrites both of its arguments, and would compute something else from what it left."""
+        out = x.sum(-1) + shift
+        x.zero_()
+        shift.fill_(7)
+        strides.add(x.stride())
+        return out
+
+    strides = set()
+    assert kernels.fuzz(in_place, in_place, draw_wide, cases=3, tolerance=1e-12) == 0
+    assert all(x.abs().sum() > 0 for x in drawn) and strides == {drawn[0].stride()} == {(5, 2)}
+
+
 if __name__ == "__main__":
     print(f"error of bfloat16: {kernels.fuzz(lambda *a: reference(*a).bfloat16(), reference, draw):.1e}")
     raise SystemExit(pytest.main([__file__]))

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import speedrun
 from common import ROOT
 from common.checkpoint import load as load_checkpoint
 
@@ -69,6 +71,22 @@ def test_an_interrupted_speedrun_continues_and_a_finished_one_does_nothing(flags
     third = _run(flags)
     assert third.count(": up to date") == 3
     assert time.perf_counter() - start < 120
+
+
+def test_a_stage_with_other_settings_leaves_nothing_of_the_old_one(tmp_path, monkeypatch):
+    s = SimpleNamespace(OUT_DIR=str(tmp_path), DATA_DIR=str(tmp_path), SEED=1, DEVICE="cpu")
+    for name in ("last.pt", "previous.pt", "best.pt", "metrics.jsonl", "tokenizer.pkl"):
+        (tmp_path / name).write_text("old", encoding="utf-8")
+
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(speedrun.train_pretrain, "main", interrupted)
+    for fresh, left in ((False, 5), (True, 1)):  # the same settings continue; others begin anew, whenever interrupted
+        with pytest.raises(KeyboardInterrupt):
+            speedrun.pretrain([], tmp_path / "tokenizer.pkl", s, fresh)
+        assert len([path for path in tmp_path.iterdir() if path.suffix != ".old"]) == left
+    assert len(list(tmp_path.glob("*.old"))) == 4
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ uv run python phase1_foundation/project1_minimal_gpt/generate.py --prompt "ROMEO
 uv run python phase1_foundation/project1_minimal_gpt/generate.py --interactive
 """
 
+import signal
+
 import torch
 
 from common.run import Run
@@ -45,17 +47,23 @@ def write(run, model, tokenizer, prompt, generator):
 def converse(run, model, tokenizer, generator):
     """Continue what is typed, line after line; an empty line, Ctrl-D or Ctrl-C leaves."""
     run.print("Type the beginning of a text; an empty line ends.")
-    while not run.stopping:
-        try:
-            prompt = input("> ")
-        except EOFError:
-            break
-        if not prompt:
-            break
+    while not run.stopping and (prompt := ask("> ")):
         try:
             write(run, model, tokenizer, prompt, generator)
         except ValueError as error:  # a character the model does not know must not end the conversation
             run.print(f"error: {error}")
+
+
+def ask(question):
+    """A line from the keyboard; an empty one for Ctrl-D and Ctrl-C, which `Run` would only take for a request."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return input(question)
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return ""
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ used as it is, so both can be trained beforehand.
 
 import importlib.util
 import shlex
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -32,16 +34,29 @@ from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
 from phase1_foundation.project3_pretrain.optimizers import build_optimizer
 from phase1_foundation.project3_pretrain.trainer import NextToken, Step, flops_per_token
 
-HERE = Path(__file__).parent
 TRAIN = Path(train_pretrain.__file__)
 NO_BIAS = {"qkv_bias": False, "out_bias": False, "mlp_bias": False, "norm_bias": False}
-# name -> (changes of the shape, transforms, residual stream in float32, compiled): each line adds one thing
+
+
+@dataclass(frozen=True)
+class _Version:
+    """One rung of the ladder: how the same training step is computed."""
+
+    shape: dict = field(default_factory=dict)  # changes of the GPT-2 shape
+    uses: tuple = ()  # transforms from the catalog
+    float32_stream: bool = False
+    compiled: bool = True
+    small_micro: bool = False  # half the micro batch, twice as many
+
+
+# each line changes one thing of the line above
 LADDER = {
-    "eager": ({}, [], True, False),
-    "+ torch.compile": ({}, [], True, True),
-    "+ residual stream in bf16": ({}, ["cudnn"], False, True),
-    "+ no biases (as nanoGPT)": (NO_BIAS, ["cudnn"], False, True),
-    "+ fused loss": (NO_BIAS, ["cudnn", "fused_loss"], False, True),
+    "eager": _Version(float32_stream=True, compiled=False, small_micro=True),
+    "+ torch.compile": _Version(float32_stream=True, small_micro=True),
+    "+ residual stream in bf16": _Version(uses=("cudnn",), small_micro=True),
+    "+ no biases (as nanoGPT)": _Version(NO_BIAS, ("cudnn",), small_micro=True),
+    "+ fused loss": _Version(NO_BIAS, ("cudnn", "fused_loss"), small_micro=True),
+    "+ micro batch doubled": _Version(NO_BIAS, ("cudnn", "fused_loss")),
 }
 
 
@@ -62,16 +77,18 @@ def main(argv=None):
 class _Ours:
     """One optimizer step of our trainer, over `micros` micro batches of random tokens."""
 
-    def __init__(self, config, uses, float32_stream, compiled, device, micro, micros):
+    def __init__(self, config, version, device, micro, micros):
         torch.manual_seed(0)
-        self.model = catalog.apply(Transformer(config), uses).to(device)
-        if float32_stream:
+        self.model = catalog.apply(Transformer(config), version.uses).to(device)
+        if version.float32_stream:
             self.model.use_stream(lambda x: torch.float32)
         optimizer = build_optimizer(self.model, "adamw", 6e-4, 0.1)
         dtype = torch.bfloat16 if device.type == "cuda" else None
         self.step = Step(self.model, NextToken(), optimizer, 1.0, dtype)
-        if compiled:
+        if version.compiled:
             self.model.compile()
+        if version.small_micro:
+            micro, micros = micro // 2, 2 * micros
         shape = (micros, 2, micro, config.block_size)
         self.micros = [tuple(pair) for pair in torch.randint(0, config.vocab_size - 64, shape)]
         self.tokens = micros * micro * config.block_size
@@ -126,36 +143,55 @@ def load_transformers_gpt2(device, micro, micros):
     return _Theirs(model, loss, device, micro, micros, 1024, 50304)
 
 
+def product_roof(device, n=8192):
+    """FLOP/s of a large bf16 matrix product here and now: what no training step can exceed."""
+    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16)
+    seconds = measure({"product": lambda: a @ b}, 20, 5, device)["product"].median
+    return 2 * n**3 / seconds
+
+
 def measure_gpu(report, s, device):
     """GPT-2 124M shapes at context 1024: the ladder of changes, then ours against the peers, in turn."""
-    micro, micros = s.MICRO_BATCH, s.MICROS
-    limit = 771e12 / flops_per_token(Transformer(PRESETS["gpt2"](vocab_size=50304)), 1024)
-    for name, (shape, uses, float32_stream, compiled) in LADDER.items():
-        config = PRESETS["gpt2"](vocab_size=50304, **shape)
-        ours = _Ours(config, uses, float32_stream, compiled, device, micro, micros)
+    roof = product_roof(device)
+    report.row("bf16 product, 8192 x 8192 x 8192", roof / 1e12, "TFLOP/s", limit=peak_flops(device) / 1e12,
+               limit_name="datasheet")  # fmt: skip
+    model = Transformer(PRESETS["gpt2"](vocab_size=50304, **NO_BIAS))
+    # a causal kernel skips half of the attention that MFU counts in full
+    half_attention = sum(6 * spec.n_head * spec.head_size * 1024 for spec in model.specs)
+    limit = roof / (flops_per_token(model, 1024) - half_attention)
+    name_of_limit = f"all products at the {roof / 1e12:.0f} TFLOP/s of this run"
+    for name, version in LADDER.items():
+        ours = _Ours(PRESETS["gpt2"](vocab_size=50304, **version.shape), version, device, s.MICRO_BATCH, s.MICROS)
         rate = measure({name: ours}, s.REPEATS, 2, device)[name].rate(ours.tokens)
-        report.row(f"124M training, {name}", rate[0], "tok/s", spread=rate[1:], limit=limit,
-                   limit_name="all FLOPs at 771 TFLOP/s")  # fmt: skip
+        report.row(f"124M training, {name}", rate[0], "tok/s", spread=rate[1:], limit=limit, limit_name=name_of_limit)
         del ours
         _forget()
-    final = dict(zip(("shape", "uses", "float32", "compiled"), LADDER["+ fused loss"]))
-    config = PRESETS["gpt2"](vocab_size=50304, **final["shape"])
-    rivals = {"ours": _Ours(config, final["uses"], False, True, device, micro, micros)}
-    rivals["transformers"] = load_transformers_gpt2(device, micro, micros)
+    measure_rivals(report, s, device, limit, name_of_limit)
+
+
+def measure_rivals(report, s, device, limit, name_of_limit):
+    """The last rung of the ladder in turn with nanoGPT's model and the same shape in `transformers`, both compiled."""
+    micro, micros, version = s.MICRO_BATCH, s.MICROS, LADDER["+ micro batch doubled"]
+    config = PRESETS["gpt2"](vocab_size=50304, **version.shape)
+    rivals = {"ours": _Ours(config, version, device, micro, micros)}
+    rivals["transformers"] = load_transformers_gpt2(device, micro // 2, 2 * micros)  # its logits are float32
     if s.NANOGPT:
-        rivals["nanoGPT"] = load_nanogpt(s.NANOGPT, device, micro, micros)
+        rivals["nanoGPT"] = load_nanogpt(s.NANOGPT, device, micro // 2, 2 * micros)
     timings = measure(rivals, s.REPEATS, 2, device)
     rate = timings["ours"].rate(rivals["ours"].tokens)
     for peer in list(rivals)[1:]:
         report.row(f"124M training step against {peer}, in turn", rate[0], "tok/s", spread=rate[1:],
                    peer=rivals[peer].tokens / timings[peer].median, peer_name=peer + ", torch.compile",
-                   limit=limit, limit_name="all FLOPs at 771 TFLOP/s",
-                   note=f"{micros} micro batches of {micro} x 1024 a step, AdamW and clipping included")  # fmt: skip
+                   limit=limit, limit_name=name_of_limit,
+                   note=f"{micros * micro} sequences of 1024 tokens a step, AdamW and clipping included; ours "
+                   f"{micro} a forward, theirs {micro // 2}, as they hold their logits in float32")  # fmt: skip
     if not s.NANOGPT:
         report.skip("124M training step against nanoGPT", "needs a checkout of karpathy/nanoGPT: --nanogpt PATH")
     mfu = rate[0] * flops_per_token(rivals["ours"].model, 1024) / peak_flops(device)
     report.row("MFU", 100 * mfu, "%", limit=100, limit_name="989 TFLOP/s dense bf16",
                note="6 N + 12 L H D T FLOPs a token, attention counted in full (PaLM, appendix B)")  # fmt: skip
+    del rivals
+    _forget()
 
 
 def measure_cpu(report, s, device):
@@ -163,7 +199,7 @@ def measure_cpu(report, s, device):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = PRESETS["cpu-small"](qk_norm=False, block_size=128)
-    ours = _Ours(config, [], False, False, device, 16, 1)
+    ours = _Ours(config, _Version(compiled=False), device, 16, 1)
     shape = LlamaConfig(vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=config.n_ff,
                         num_hidden_layers=config.n_layer, num_attention_heads=config.n_head,
                         max_position_embeddings=128, tie_word_embeddings=True, use_cache=False)  # fmt: skip
@@ -268,15 +304,19 @@ def compare_recipes(report, s):
         report.skip("recipe against nanoGPT's settings", "two whole training runs: ask with --quality_steps")
         return
     found = {}
-    for name, flags in {"our recipe": [], "nanoGPT settings": NANOGPT_RECIPE}.items():
-        out = CHECKPOINTS / f"project3_{name.replace(' ', '_')}"
+    for name, flags in {"our recipe": [], "nanoGPT's settings": NANOGPT_RECIPE}.items():
+        out = CHECKPOINTS / f"project3_{'recipe' if not flags else 'nanogpt'}"
         train_pretrain.main(
             [*shlex.split(s.QUALITY_FLAGS), *flags, "--max_steps", str(s.QUALITY_STEPS), "--out_dir", str(out)]
         )
-        points = [(e["step"], e["val_loss"]) for e in read_metrics(out / "metrics.jsonl") if "val_loss" in e]
-        tokens = next(e["tokens"] for e in read_metrics(out / "metrics.jsonl") if "tokens" in e)
-        found[name] = [step * tokens / 1e6 for step, _ in points], [loss for _, loss in points]
+        entries = read_metrics(out / "metrics.jsonl")
+        points = [(e["step"], e["val_loss"]) for e in entries if "val_loss" in e]
+        steps = [e for e in entries if "tokens" in e]
+        found[name] = [step * steps[0]["tokens"] / 1e6 for step, _ in points], [loss for _, loss in points]
         report.series(f"validation loss, {name}", *found[name])
+        speed = statistics.median(e["tokens_per_s"] for e in steps[len(steps) // 2 :])
+        report.row(f"whole training run, {name}", speed, "tok/s",
+                   note="median over the second half of the run, data and optimizer included")  # fmt: skip
     ours, theirs = (ys[-1] for _, ys in found.values())
     millions, peer = found["our recipe"][0][-1], "AdamW, nanoGPT's settings"
     report.row(f"validation loss after {millions:,.0f}M tokens", ours, "nats/token", peer=theirs, peer_name=peer,
@@ -285,7 +325,8 @@ def compare_recipes(report, s):
     if reached:
         report.row("tokens to reach the peer's final loss", reached, "M tokens", peer=millions, peer_name=peer,
                    higher_is_better=False)  # fmt: skip
-    curves(HERE / f"recipes.{report.slug}.png", found, "million tokens", "validation loss (nats a token)",
+    path = report.folder / f"project3_pretrain.recipes.{report.slug}.png"
+    curves(path, found, "million tokens", "validation loss (nats a token)",
            "Equal data, tokens and model size: our recipe and nanoGPT's")  # fmt: skip
 
 

@@ -8,8 +8,8 @@ from common.device import pick_device
 # == Benchmark ==
 DEVICE = pick_device()  # cuda, mps or cpu
 SEED = 0  # of weights and tokens
-MICRO_BATCH = 32  # sequences of 1024 tokens in one forward (GPU)
-MICROS = 15  # micro batches of one optimizer step (GPU): 491,520 tokens with 32 sequences
+MICRO_BATCH = 60  # sequences of 1024 tokens in one forward (GPU)
+MICROS = 8  # micro batches of one optimizer step (GPU): 491,520 tokens with 60 sequences
 REPEATS = 5  # timed optimizer steps
 NANOGPT: str | None = None  # a checkout of karpathy/nanoGPT, to be measured in turn
 QUALITY_STEPS = 0  # steps of the two training runs that are compared; 0 leaves them out

@@ -7,6 +7,8 @@ This file implements recomputing activations instead of storing them following:
 Each component is explained with paper references for educational purposes.
 """
 
+import functools
+
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -22,6 +24,7 @@ class CheckpointedBlock(Block):
     PAPER CONTEXT: drop the results inside a segment, keep its input; O(sqrt(n)) memory for one extra forward pass.
     INTUITION: take notes of the chapter titles only, and reread a chapter when the exam gets to it.
     IMPLEMENTATION: adopts the modules of the block it replaces, so names, weights and later swaps stay as they were.
+        A block with a forward of its own keeps it: `_recomputing` puts this class in front of the block's own.
     WHY: the activations of a block are about 30 times its input; batch and context can grow instead.
     """
 
@@ -32,6 +35,12 @@ class CheckpointedBlock(Block):
     def forward(self, x: Tensor, plan: Plan, layer: int) -> Tensor:
         """Compute the same as the block."""
         return checkpoint(super().forward, x, plan, layer, use_reentrant=False)
+
+
+@functools.cache  # one class for all blocks of a kind: a compiler that looks at the class compiles once
+def _recomputing(kind: type) -> type:
+    """The class of blocks that compute as `kind` does, and recompute."""
+    return type(f"Checkpointed{kind.__name__}", (CheckpointedBlock, kind), {})
 
 
 def checkpoint_activations(model, every: int = 1):
@@ -49,5 +58,9 @@ def checkpoint_activations(model, every: int = 1):
         raise ValueError(f"every={every} must be at least 1: 1 recomputes every block, 2 every second one")
     blocks = [block for block in model.modules() if isinstance(block, Block)]
     chosen = {id(block) for block in blocks[::every]}
-    swap_modules(model, lambda name, block: CheckpointedBlock(block), lambda name, module: id(module) in chosen)
+
+    def make(name, block):
+        return block if isinstance(block, CheckpointedBlock) else _recomputing(type(block))(block)
+
+    swap_modules(model, make, lambda name, module: id(module) in chosen)
     return model

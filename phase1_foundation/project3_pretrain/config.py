@@ -5,6 +5,7 @@ GPU; on a CPU a model of a few million parameters learns in minutes.
 """
 
 import importlib.util
+import math
 import os
 import sys
 
@@ -70,6 +71,19 @@ VAL_FRACTION = 0.02  # part of the documents held out
 NUM_WORKERS = os.cpu_count() or 1  # threads of tokenisation
 
 
+# Numbers and what they must be; nan passes none of the tests.
+_RULES = (
+    (("MAX_STEPS", "BATCH_TOKENS", "BLOCK_SIZE", "EVAL_EVERY", "EVAL_TOKENS", "SAVE_EVERY", "NUM_WORKERS"),
+     "at least 1", lambda value: value >= 1),
+    (("LEARNING_RATE",), "above 0 and finite", lambda value: 0 < value < math.inf),
+    (("EMBED_LEARNING_RATE", "WEIGHT_DECAY"), "at least 0 and finite", lambda value: 0 <= value < math.inf),
+    (("CLIP", "WARMUP_STEPS", "MICRO_BATCH", "SAMPLE_EVERY", "SAMPLE_TOKENS"), "at least 0", lambda value: value >= 0),
+    (("DROPOUT", "EMA", "BETA1", "BETA2", "MOMENTUM"), "at least 0 and below 1", lambda value: 0 <= value < 1),
+    (("VAL_FRACTION",), "at least 0 and below 0.5", lambda value: 0 <= value < 0.5),
+    (("DECAY_FRACTION",), "above 0 and at most 1", lambda value: 0 < value <= 1),
+)  # fmt: skip
+
+
 def validate_config(settings=None):
     """Refuse combinations that cannot work.
 
@@ -83,33 +97,44 @@ def validate_config(settings=None):
     _one_of(s, "OPTIMIZER", ("muon", "adamw"))
     _one_of(s, "SCHEDULE", ("wsd", "cosine"))
     _one_of(s, "DTYPE", ("float32", "bfloat16"))
-    if s.BATCH_TOKENS % s.BLOCK_SIZE or s.BATCH_TOKENS < s.BLOCK_SIZE:
-        near = max(1, round(s.BATCH_TOKENS / s.BLOCK_SIZE)) * s.BLOCK_SIZE
-        raise ValueError(
-            f"BATCH_TOKENS={s.BATCH_TOKENS} must be a multiple of BLOCK_SIZE={s.BLOCK_SIZE}: use BATCH_TOKENS={near}"
-        )
-    if not 0 <= s.WARMUP_STEPS < s.MAX_STEPS:
-        raise ValueError(
-            f"WARMUP_STEPS={s.WARMUP_STEPS} must be at least 0 and below MAX_STEPS={s.MAX_STEPS}: "
-            f"use WARMUP_STEPS={max(0, s.MAX_STEPS // 20)}"
-        )
+    for names, words, holds in _RULES:
+        for name in names:
+            value, default = getattr(s, name), getattr(sys.modules[__name__], name)
+            if value is not None and not holds(value):
+                raise ValueError(f"{name}={value} must be {words}: the default is {default}")
+    _validate_batch(s)
+    _validate_schedule(s)
     if s.VOCAB_SIZE - s.NUM_SPECIAL_TOKENS < 256:
         raise ValueError(
             f"VOCAB_SIZE={s.VOCAB_SIZE} must be at least 256 (one token a byte) plus "
             f"NUM_SPECIAL_TOKENS={s.NUM_SPECIAL_TOKENS}: use VOCAB_SIZE={256 + s.NUM_SPECIAL_TOKENS} or more"
         )
-    for name in ("LEARNING_RATE", "MAX_STEPS", "BLOCK_SIZE", "EVAL_EVERY", "EVAL_TOKENS", "SAVE_EVERY"):
-        if getattr(s, name) <= 0:
-            raise ValueError(f"{name}={getattr(s, name)} must be positive")
-    for name, low, high in (
-        ("DROPOUT", 0, 1),
-        ("VAL_FRACTION", 0, 0.5),
-        ("EMA", 0, 1),
-        ("BETA1", 0, 1),
-        ("BETA2", 0, 1),
-    ):
-        if not low <= getattr(s, name) < high:
-            raise ValueError(f"{name}={getattr(s, name)} must be at least {low} and below {high}")
+
+
+def _validate_batch(s):
+    """Refuse a step that is no whole number of sequences on every process of this run."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # set by torch.distributed.run
+    unit = s.BLOCK_SIZE * processes
+    if s.BATCH_TOKENS % unit:
+        shared = f", shared by {processes} processes" if processes > 1 else ""
+        raise ValueError(
+            f"BATCH_TOKENS={s.BATCH_TOKENS} must be a multiple of BLOCK_SIZE={s.BLOCK_SIZE}{shared}: "
+            f"use BATCH_TOKENS={max(1, round(s.BATCH_TOKENS / unit)) * unit}"
+        )
+
+
+def _validate_schedule(s):
+    """Refuse a warm-up that is longer than the run or reaches into the decay."""
+    if s.WARMUP_STEPS >= s.MAX_STEPS:
+        raise ValueError(
+            f"WARMUP_STEPS={s.WARMUP_STEPS} must be below MAX_STEPS={s.MAX_STEPS}: use WARMUP_STEPS={s.MAX_STEPS // 20}"
+        )
+    left = s.MAX_STEPS - int(s.DECAY_FRACTION * s.MAX_STEPS)
+    if s.SCHEDULE == "wsd" and left < s.WARMUP_STEPS:
+        raise ValueError(
+            f"WARMUP_STEPS={s.WARMUP_STEPS} must end before the decay begins: DECAY_FRACTION={s.DECAY_FRACTION} of "
+            f"MAX_STEPS={s.MAX_STEPS} leaves {left} steps: use WARMUP_STEPS={left // 2}, or a smaller DECAY_FRACTION"
+        )
 
 
 def _one_of(settings, name, known):

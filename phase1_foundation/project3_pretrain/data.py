@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from phase1_foundation.project3_pretrain.head import IGNORE
 from phase1_foundation.project3_pretrain.shuffle import mix, permute
 from phase1_foundation.project3_pretrain.token_file import (
     TokenFileError,
@@ -24,8 +25,6 @@ from phase1_foundation.project3_pretrain.token_file import (
 )
 
 __all__ = ["Batches", "TokenDataset", "TokenFileError", "TokenWriter", "token_bytes", "write_tokens"]
-
-IGNORE = -100  # a target that does not count
 
 
 class TokenDataset:

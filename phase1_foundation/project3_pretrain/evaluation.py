@@ -9,16 +9,17 @@ Each component is explained with paper references for educational purposes.
 """
 
 import contextlib
+import functools
 import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from phase1_foundation.project3_pretrain.head import IGNORE
 from phase1_foundation.project3_pretrain.token_file import separator, token_bytes
 
-IGNORE = -100  # a target that does not count
-MAX_TOKENS, MAX_LOGITS = 16384, 1 << 28  # of one forward; 2^28 logits are 1 GiB in float32
+MAX_TOKENS, MAX_LOGITS = 16384, 1 << 28  # at once; 2^28 logits are 1 GiB in float32
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,34 @@ def evaluating(model, dtype=None):
 
 
 def tokens_at_once(model):
-    """How many tokens one forward may take, so that their logits stay within a gigabyte."""
+    """How many tokens may have logits at a time, so that these stay within a gigabyte."""
     return max(1, min(MAX_TOKENS, MAX_LOGITS // getattr(model.config, "vocab_size", 50257)))
+
+
+@functools.cache  # the same object every time: a model that was compiled with it is not compiled anew
+def in_pieces(loss, size):
+    """`loss` (see head.py) for `size` tokens at a time: the same values, without the logits of all of them."""
+
+    def loss_in_pieces(x, weight, targets):
+        pieces = zip(x.flatten(0, -2).split(size), targets.flatten().split(size))
+        return torch.cat([loss(some, weight, wanted) for some, wanted in pieces]).view(targets.shape)
+
+    return loss_in_pieces
+
+
+@contextlib.contextmanager
+def within_memory(model, n_tokens):
+    """Within this block a forward of `n_tokens` never holds more logits than `tokens_at_once` allows."""
+    head, size = getattr(model, "head", None), tokens_at_once(model)
+    if head is None or n_tokens <= size:
+        yield
+        return
+    loss = head.loss
+    head.loss = in_pieces(loss, size)
+    try:
+        yield
+    finally:
+        head.loss = loss
 
 
 def score_batches(model, batches, sizes=None, dtype=None):
@@ -88,8 +115,9 @@ def score_batches(model, batches, sizes=None, dtype=None):
     PAPER: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), section 2, equation 1.
     PAPER CONTEXT: the probability of a text is the product of the conditional probabilities of its tokens.
     INTUITION: logarithms turn the product into a bill that is added up, token by token.
-    IMPLEMENTATION: ``model(tokens, targets=targets)`` gives nats per token (B, T); summed in float64 on the device and
-        fetched once at the end, so that a GPU never waits for the host.
+    IMPLEMENTATION: ``model(tokens, targets=targets)`` gives nats per token (B, T), in pieces for a batch that exceeds
+        `tokens_at_once` (one window of a long context does); summed in float64 on the device and fetched once at the
+        end, so that a GPU never waits for the host.
     WHY: one pass serves loss, perplexity and bits per byte.
 
     Args:
@@ -101,7 +129,8 @@ def score_batches(model, batches, sizes=None, dtype=None):
         nats = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         tokens_seen = bytes_seen = 0
         for tokens, targets in batches:
-            losses = model(tokens.to(device), targets=targets.to(device))  # (B, T)
+            with within_memory(model, tokens.numel()):
+                losses = model(tokens.to(device), targets=targets.to(device))  # (B, T)
             nats += losses.to(nats.dtype).sum()
             counted = targets[targets != IGNORE].numpy()
             tokens_seen += counted.size

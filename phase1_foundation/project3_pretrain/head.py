@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from phase1_foundation.project3_pretrain.positions import draw
 
-IGNORE = -100  # a target that costs nothing
+IGNORE = -100  # a target that costs nothing and does not count; whoever masks targets imports it from here
 
 # loss(x (..., C), weight (V, C), targets (...)) -> nats per token (...), float32
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -102,7 +102,9 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 def use_chunked_loss(model, chunk: int = 4096):
-    """Give `model` the chunked loss."""
+    """Give `model` the chunked loss; raises ValueError if `chunk` is below 1."""
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1: so many tokens have logits at a time, such as 4096")
     return model.use_loss(functools.partial(chunked_nll, chunk=chunk))
 
 

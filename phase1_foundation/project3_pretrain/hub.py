@@ -8,6 +8,7 @@ This file implements reading and writing models in Hugging Face's format; the ar
 Each component is explained with paper references for educational purposes.
 """
 
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -20,9 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.checkpoint import atomic_path, atomic_write
+from common.device import check_device
 from phase1_foundation.project3_pretrain.gguf_export import to_gguf
 from phase1_foundation.project3_pretrain.hub_mapping import FAMILIES, Family, Rule, plain_state
-from phase1_foundation.project3_pretrain.hub_tokenizer import read_tokenizer, write_tokenizer
+from phase1_foundation.project3_pretrain.hub_tokenizer import check_writable, read_tokenizer, write_tokenizer
 from phase1_foundation.project3_pretrain.model import ModelConfig, Transformer
 
 __all__ = ["from_huggingface", "to_gguf", "to_huggingface"]
@@ -42,11 +44,12 @@ def from_huggingface(path_or_repo, device="cpu", dtype: torch.dtype | None = Non
 
     Args:
         path_or_repo: a folder with config.json and safetensors, or ``org/name``.
-        device, dtype: where the weights go, and as what (None: as stored).
+        device, dtype: where the weights go, and as what (None: as stored; in the widest of several types).
 
     The tokenizer is None for a folder that holds none.
     Raises ValueError for what is not supported or does not fit, FileNotFoundError for what is not there.
     """
+    device = check_device(device)
     folder = resolve_folder(path_or_repo)
     family, config = read_config(folder)
     with torch.device("meta"):
@@ -54,8 +57,8 @@ def from_huggingface(path_or_repo, device="cpu", dtype: torch.dtype | None = Non
     with ExitStack() as stack:
         stored = _open_weights(folder, family, stack)
         rules = _match(model, family, stored, folder)
-        first = stored[rules[0].theirs]
-        model.to(dtype or first.file.get_tensor(first.name).dtype).to_empty(device=device)
+        common_dtype = _common_dtype([stored[rule.theirs] for rule in rules], folder)
+        model.to(dtype or common_dtype).to_empty(device=device)
         state = model.state_dict()
         with torch.no_grad():
             for rule in rules:
@@ -72,7 +75,7 @@ def to_huggingface(model: nn.Module, tokenizer, path, family: str | None = None,
     PAPER CONTEXT: a model is shared as weights plus the few numbers that say how to use them.
     INTUITION: pack for a neighbour who uses other drawers: same clothes, other labels.
     IMPLEMENTATION: the first family whose config.json loses nothing; layers that were swapped (LoRA, quantized) are
-        returned to plain ones by their `to_linear()`; each file is replaced atomically.
+        returned to plain ones by their `to_linear()`; config.json goes first and comes last, so half an export is none.
     WHY: what is trained here can be served, measured and fine-tuned anywhere.
 
     Args:
@@ -90,8 +93,10 @@ def to_huggingface(model: nn.Module, tokenizer, path, family: str | None = None,
             f"{len(strangers)} tensors have no place in a {chosen.model_type} folder ({', '.join(strangers[:4])}): "
             f"merge or undo what changed the model first"
         )
+    check_writable(tokenizer)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)  # from here to the new one nobody takes the folder for a model
     config = chosen.write_config(model.config)
     name = str(state[rules[0].ours[0]].dtype).removeprefix("torch.")
     ids = write_tokenizer(tokenizer, folder, model.config.block_size)
@@ -128,21 +133,33 @@ def resolve_folder(path_or_repo) -> Path:
 
 def read_config(folder: Path) -> tuple[Family, ModelConfig]:
     """The family and shape that config.json describes."""
-    try:
-        theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{folder} has no config.json: is it the folder of a model?") from error
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is no JSON ({error}): fetch it again") from error
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no config.json: is it the folder of a model?")
+    theirs = _read_json(path)
     kind = theirs.get("model_type")
-    if kind not in FAMILIES:
+    if kind not in list(FAMILIES):
         raise ValueError(
-            f"{folder}: the architecture {kind!r} ({', '.join(theirs.get('architectures') or ['unnamed'])}) is not "
-            f"supported; supported are {', '.join(FAMILIES)} (SmolLM is a llama)"
+            f"{path}: model_type={kind!r} (architectures={theirs.get('architectures')}) is not supported; "
+            f"supported are {', '.join(FAMILIES)} (SmolLM is a llama)"
         )
     if theirs.get("quantization_config"):
-        raise ValueError(f"{folder}: quantized weights are not read; use the folder of the unquantized model")
-    return FAMILIES[kind], FAMILIES[kind].read_config(theirs)
+        raise ValueError(f"{path}: quantized weights are not read; use the folder of the unquantized model")
+    try:
+        return FAMILIES[kind], FAMILIES[kind].read_config(theirs)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read_json(path: Path) -> dict:
+    """The object in a JSON file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}): fetch it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not an object with names: fetch it again")
+    return content
 
 
 def choose_family(config: ModelConfig, name: str | None = None) -> Family:
@@ -172,6 +189,19 @@ class _Stored:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.file.get_slice(self.name).get_shape())
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.file.get_slice(self.name)[:0].dtype  # reads nothing
+
+
+def _common_dtype(tensors: list[_Stored], folder: Path) -> torch.dtype:
+    """The narrowest type that holds the values of all tensors."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    odd = [str(dtype) for dtype in dtypes if not dtype.is_floating_point]
+    if odd:
+        raise ValueError(f"{folder}: weights of type {', '.join(odd)} are not read, only floating-point ones")
+    return functools.reduce(torch.promote_types, dtypes)
+
 
 def _open_weights(folder: Path, family: Family, stack: ExitStack) -> dict[str, _Stored]:
     """Every tensor of the folder by its canonical name."""
@@ -189,7 +219,10 @@ def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder, by the index if there is one."""
     names = [WEIGHTS]
     if (folder / INDEX).is_file():
-        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        weight_map = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{folder / INDEX}: weight_map={weight_map!r:.60} must name a file for each tensor")
+        names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if not missing:
         return [folder / name for name in names]

@@ -7,12 +7,22 @@ a table. What a family cannot express shows when a config is written and read ba
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from phase1_foundation.project3_pretrain.model_config import ModelConfig
+
+_KINDS = get_type_hints(ModelConfig)  # ours -> the type of its values
+
+
+def _typed(name: str, value, kind):
+    """`value`, if it is of the type `kind`; raises ValueError naming it otherwise."""
+    right = isinstance(value, int | float if kind is float else kind)
+    if not right or (isinstance(value, bool) and kind is not bool):  # Python takes True for an int
+        raise ValueError(f"{name}={value!r} is not supported, only {getattr(kind, '__name__', kind)}")
+    return value
 
 
 class Field(NamedTuple):
@@ -71,17 +81,15 @@ class Family:
         """config.json -> ModelConfig; raises ValueError for what this project does not compute."""
         for name, allowed in self.demands.items():
             if (value := theirs.get(name, allowed[0])) not in allowed:
-                raise ValueError(
-                    f"config.json: {name}={value!r} is not supported for {self.model_type}, only {allowed}"
-                )
+                raise ValueError(f"{name}={value!r} is not supported for {self.model_type}, only {allowed}")
         values = dict(self.fixed)
         for ours, (name, default, translation) in self.fields.items():
             value = theirs.get(name, default)
             if translation is not None:
-                if value not in translation:
-                    raise ValueError(f"config.json: {name}={value!r} is not supported, only {', '.join(translation)}")
+                if value not in list(translation):
+                    raise ValueError(f"{name}={value!r} is not supported, only {', '.join(translation)}")
                 value = translation[value]
-            values[ours] = value
+            values[ours] = _typed(name, value, _KINDS[ours])
         for aspect in self.aspects:
             values |= aspect.read(theirs, values["n_layer"])
         return ModelConfig(**values)
@@ -147,20 +155,21 @@ ROPE_TYPES = {
 
 
 def _read_rope(theirs: dict, n_layer: int) -> dict:
-    rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
-    theta = rope.get("rope_theta", theirs.get("rope_theta", 10000.0))
+    name = "rope_scaling" if theirs.get("rope_scaling") else "rope_parameters"
+    rope = _typed(name, theirs.get(name) or {}, dict)
+    theta = float(_typed("rope_theta", rope.get("rope_theta", theirs.get("rope_theta", 10000.0)), float))
     kind = rope.get("rope_type", rope.get("type", "default"))
     partial = rope.get("partial_rotary_factor", theirs.get("partial_rotary_factor", 1.0))
     if partial != 1.0 or any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError(f"config.json: rope parameters {rope} are not supported: one whole rotation for all layers is")
+        raise ValueError(f"rope parameters {rope} are not supported: one whole rotation for all layers is")
     if kind == "default":
-        return {"rope_theta": float(theta), "rope_scaling": None}
-    if kind not in ROPE_TYPES:
-        raise ValueError(f"config.json: rope_type={kind!r} is not supported, only default, {', '.join(ROPE_TYPES)}")
-    ours, names = ROPE_TYPES[kind]
-    defaults = {"original_max_position_embeddings": theirs.get("max_position_embeddings")}
-    scaling = {name: rope.get(their_name, defaults.get(their_name)) for name, their_name in names.items()}
-    return {"rope_theta": float(theta), "rope_scaling": {"kind": ours, **scaling}}
+        return {"rope_theta": theta, "rope_scaling": None}
+    if kind not in list(ROPE_TYPES):
+        raise ValueError(f"rope_type={kind!r} is not supported, only default, {', '.join(ROPE_TYPES)}")
+    mine, names = ROPE_TYPES[kind]
+    values = {"original_max_position_embeddings": theirs.get("max_position_embeddings")} | rope
+    scaling = {ours: _typed(f"{name}: {key}", values.get(key), float) for ours, key in names.items()}
+    return {"rope_theta": theta, "rope_scaling": {"kind": mine, **scaling}}
 
 
 def _write_rope(config: ModelConfig) -> dict:
@@ -178,8 +187,12 @@ ROPE = Aspect(_read_rope, _write_rope)
 # --- sliding windows: none, one for all layers (Mistral), or some layers only (Qwen) ---
 
 
+def _read_window(theirs: dict) -> int | None:
+    return _typed("sliding_window", theirs.get("sliding_window", 4096), int | None)
+
+
 def _read_uniform(theirs: dict, n_layer: int) -> dict:
-    window = theirs.get("sliding_window", 4096)
+    window = _read_window(theirs)
     return {"windows": None if window is None else (window,) * n_layer}
 
 
@@ -188,12 +201,16 @@ def _write_uniform(config: ModelConfig) -> dict:
 
 
 def _read_layered(theirs: dict, n_layer: int) -> dict:
-    window = theirs.get("sliding_window", 4096) if theirs.get("use_sliding_window", False) else None
-    first = theirs.get("max_window_layers", 28)
-    kinds = theirs.get("layer_types") or [
-        "sliding_attention" if i >= first else "full_attention" for i in range(n_layer)
-    ]
-    windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    sizes = {"full_attention": None, "sliding_attention": None}
+    if theirs.get("use_sliding_window", False):
+        sizes["sliding_attention"] = _read_window(theirs)
+    kinds = _typed("layer_types", theirs.get("layer_types"), list | None)
+    if not kinds:
+        first = _typed("max_window_layers", theirs.get("max_window_layers", 28), int)
+        kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(n_layer)]
+    if len(kinds) != n_layer or any(kind not in list(sizes) for kind in kinds):
+        raise ValueError(f"layer_types={kinds} is not supported, only {n_layer} of {', '.join(sizes)}")
+    windows = tuple(sizes[kind] for kind in kinds)
     return {"windows": windows if any(windows) else None}
 
 

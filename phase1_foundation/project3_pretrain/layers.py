@@ -184,6 +184,7 @@ class Attention(nn.Module):
             value_size=D,
             window=config.windows[layer] if config.windows else None,
             scale=D**-0.5 if config.attention_scale is None else config.attention_scale,
+            block_size=config.block_size,
         )
         self.q_proj = nn.Linear(config.n_embd, config.n_head * D, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * D, bias=config.qkv_bias)

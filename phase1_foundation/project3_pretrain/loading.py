@@ -15,6 +15,7 @@ from torch import Tensor
 
 from common import CHECKPOINTS, MODELS, catalog, checkpoint
 from common.checkpoint import CheckpointError
+from common.device import check_device
 from phase1_foundation.project1_minimal_gpt.char_tokenizer import CharTokenizer
 from phase1_foundation.project2_tokenizer.tokenizer import BPETokenizer
 from phase1_foundation.project3_pretrain.hub import from_huggingface
@@ -46,7 +47,8 @@ def load(path=None, device="cpu", dtype: torch.dtype | None = None):
             model in models/, else the newest checkpoint in checkpoints/.
         device, dtype: where the weights go, and as what (None: as stored).
 
-    Raises FileNotFoundError if nothing is there, CheckpointError or ValueError (naming the file) if it does not fit.
+    Raises FileNotFoundError if nothing is there, CheckpointError or ValueError (naming the file) if it does not fit,
+    ValueError for a device that is not there.
     """
     source = default_source() if path is None else path
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
@@ -77,17 +79,27 @@ def newest_checkpoint(folder) -> Path | None:
 
 def load_checkpoint(path, device="cpu", dtype: torch.dtype | None = None):
     """Load one of our .pt files: (model in eval mode, tokenizer or None)."""
+    device = check_device(device)
     saved = checkpoint.load(path)
     try:
+        check_weights(saved["model_state_dict"])
         with torch.device("meta"):
             model, state = catalog.resolve("architectures", (saved.get("config") or {})["kind"])(saved)
             model = catalog.apply(model, saved.get("recipe") or [])
         fill(model, state, device, dtype)
         tokenizer = read_tokenizer(saved.get("tokenizer"))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except torch.OutOfMemoryError:  # the device's fault, not the file's
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise CheckpointError(f"{path} holds no model that can be rebuilt: {reason}") from error
     return model.eval(), tokenizer
+
+
+def check_weights(state) -> None:
+    """Raise ValueError unless `state` maps names to tensors."""
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f"model_state_dict is {state!r:.60}, not a dict of tensors")
 
 
 def fill(model: torch.nn.Module, state: dict[str, Tensor], device, dtype: torch.dtype | None) -> None:
@@ -105,7 +117,9 @@ def read_tokenizer(values: dict | None):
     """The tokenizer that a checkpoint holds as a plain dict, or None."""
     if values is None:
         return None
-    if values.get("kind") not in TOKENIZERS:
+    if not isinstance(values, dict):
+        raise ValueError(f"tokenizer is {values!r:.60}, not a dict with its kind")
+    if values.get("kind") not in list(TOKENIZERS):
         raise ValueError(f"the tokenizer kind {values.get('kind')!r} is unknown: known are {', '.join(TOKENIZERS)}")
     return TOKENIZERS[values["kind"]].from_dict(values)
 

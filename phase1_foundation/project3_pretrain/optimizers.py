@@ -24,8 +24,8 @@ class AdamW(Optimizer):
     PAPER: arXiv:1711.05101 (AdamW), algorithm 2; arXiv:1412.6980 (Adam), algorithm 1.
     PAPER CONTEXT: dividing the averaged gradient by its own typical size makes steps insensitive to its scale.
     INTUITION: momentum says where to go, the second moment says how much to trust each coordinate.
-    IMPLEMENTATION: `torch._foreach_*` treats all parameters of a group in one call per line of the algorithm; the
-        bias corrections are folded into scalars. Equal to `torch.optim.AdamW` (a test compares them).
+    IMPLEMENTATION: `torch._foreach_*` treats all parameters of a group that took as many steps in one call per line of
+        the algorithm; the bias corrections are folded into scalars. Equal to `torch.optim.AdamW`.
     WHY: the baseline of every language model, and what embeddings, norms and the head use here.
     """
 
@@ -36,26 +36,31 @@ class AdamW(Optimizer):
     def step(self, closure=None):
         """Take one step for every parameter that has a gradient."""
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            for p in params:
-                if not self.state[p]:
-                    self.state[p] = {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-                self.state[p]["step"] += 1
-            grads = [p.grad for p in params]
-            means = [self.state[p]["exp_avg"] for p in params]
-            squares = [self.state[p]["exp_avg_sq"] for p in params]
-            steps = self.state[params[0]]["step"]
-            (beta1, beta2), lr = group["betas"], group["lr"]
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])  # decoupled decay (AdamW, line 12)
-            torch._foreach_lerp_(means, grads, 1 - beta1)  # m = beta1 m + (1 - beta1) g
-            torch._foreach_mul_(squares, beta2)  # v = beta2 v + (1 - beta2) g^2
-            torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-            roots = torch._foreach_sqrt(squares)
-            torch._foreach_div_(roots, math.sqrt(1 - beta2**steps))  # bias correction of v
-            torch._foreach_add_(roots, group["eps"])
-            torch._foreach_addcdiv_(params, means, roots, -lr / (1 - beta1**steps))  # with the correction of m
+            same_age = defaultdict(list)  # steps taken -> parameters: an expert may get its first gradient late
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    if not state:
+                        state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                    state["step"] += 1
+                    same_age[state["step"]].append(p)
+            for steps, params in same_age.items():
+                self._move(params, steps, group)
+
+    def _move(self, params, steps, group):
+        """Take step number `steps` (it decides the bias corrections) of some parameters."""
+        grads = [p.grad for p in params]
+        means = [self.state[p]["exp_avg"] for p in params]
+        squares = [self.state[p]["exp_avg_sq"] for p in params]
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])  # decoupled decay (AdamW, line 12)
+        torch._foreach_lerp_(means, grads, 1 - beta1)  # m = beta1 m + (1 - beta1) g
+        torch._foreach_mul_(squares, beta2)  # v = beta2 v + (1 - beta2) g^2
+        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+        roots = torch._foreach_sqrt(squares)
+        torch._foreach_div_(roots, math.sqrt(1 - beta2**steps))  # bias correction of v
+        torch._foreach_add_(roots, group["eps"])
+        torch._foreach_addcdiv_(params, means, roots, -lr / (1 - beta1**steps))  # with the correction of m
 
 
 # Coefficients of an odd quintic whose iteration drives singular values quickly into about [0.7, 1.2] (Jordan et al.).
@@ -136,7 +141,7 @@ class OptimizerSet:
     """
 
     def __init__(self, *optimizers):
-        self.optimizers = [optimizer for optimizer in optimizers if optimizer.param_groups]
+        self.optimizers = list(optimizers)
         for group in self.param_groups:
             group.setdefault("peak_lr", group["lr"])
 
@@ -165,23 +170,27 @@ class OptimizerSet:
         return {type(optimizer).__name__: optimizer.state_dict() for optimizer in self.optimizers}
 
     def load_state_dict(self, state):
-        """Take over the states written by `state_dict`.
+        """Take over the moments written by `state_dict`; learning rates, decay and betas stay those of this run.
 
         Raises:
-            ValueError: the state belongs to another set of optimizers.
+            ValueError: the state belongs to another set of optimizers, or to other parameter groups.
         """
         names = [type(optimizer).__name__ for optimizer in self.optimizers]
         if sorted(names) != sorted(state):
             raise ValueError(f"the checkpoint holds the optimizers {sorted(state)}, this run uses {sorted(names)}")
         for name, optimizer in zip(names, self.optimizers):
-            optimizer.load_state_dict(state[name])
+            groups = optimizer.state_dict()["param_groups"]
+            sizes, saved = ([len(group["params"]) for group in g] for g in (groups, state[name]["param_groups"]))
+            if sizes != saved:
+                raise ValueError(f"the checkpoint's {name} has groups of {saved} parameters, this run's has {sizes}")
+            optimizer.load_state_dict({"state": state[name]["state"], "param_groups": groups})
 
 
 def build_optimizer(model, name, lr, weight_decay, betas=(0.9, 0.95), eps=1e-8, momentum=0.95, embed_lr=None):
     """Sort a model's parameters into groups and build the optimizer.
 
     Matrices inside ``model.blocks`` go to Muon (or AdamW with decay), everything else to AdamW; vectors (norms,
-    biases) are never decayed.
+    biases) are never decayed. An optimizer that would have no parameters is left out.
 
     Args:
         model: has ``blocks``; frozen parameters are left out.
@@ -202,10 +211,15 @@ def build_optimizer(model, name, lr, weight_decay, betas=(0.9, 0.95), eps=1e-8, 
     if not hidden + tables + vectors:
         raise ValueError("every parameter of the model is frozen: there is nothing to train")
     groups = [
-        {"params": tables, "lr": embed_lr or lr, "weight_decay": weight_decay},
+        {"params": tables, "lr": lr if embed_lr is None else embed_lr, "weight_decay": weight_decay},
         {"params": vectors, "lr": lr, "weight_decay": 0.0},
     ]
-    if name == "adamw":
+    members = []
+    if name == "muon" and hidden:
+        members.append(Muon(hidden, lr, momentum, weight_decay))
+    elif hidden:
         groups.append({"params": hidden, "lr": lr, "weight_decay": weight_decay})
-    adamw = AdamW([group for group in groups if group["params"]], lr, betas, eps)
-    return OptimizerSet(*([Muon(hidden, lr, momentum, weight_decay)] if name == "muon" else []), adamw)
+    groups = [group for group in groups if group["params"]]
+    if groups:
+        members.append(AdamW(groups, lr, betas, eps))
+    return OptimizerSet(*members)

@@ -30,6 +30,7 @@ class LayerSpec:
     value_size: int
     window: int | None  # tokens a query sees, itself among them; None: all before it
     scale: float  # factor of q . k
+    block_size: int | None = None  # positions the model can tell apart; None: any number
 
 
 class Plan(Protocol):
@@ -109,18 +110,22 @@ class Packed:
                 f"lengths={lengths} must be positive and add up to the same total in every row (they give {totals}): "
                 f"let a last document fill each row"
             )
+        longest, limit = max(max(row) for row in rows), specs[0].block_size if specs else None
+        if limit is not None and longest > limit:
+            raise ValueError(f"a document of {longest} tokens exceeds block_size={limit}: cut it into parts")
         starts = torch.tensor([[sum(row[:i]) for i, n in enumerate(row) for _ in range(n)] for row in rows])
         self._set(starts if rows is lengths else starts[0], specs, kernel, device)
 
     @classmethod
-    def at_ends(cls, tokens: Tensor, end_id: int, specs: Sequence[LayerSpec], kernel: Kernel) -> "Packed":
-        """The documents of a token stream (..., T), each closed by `end_id`; runs on the device, also when compiled.
+    def at_marks(cls, tokens: Tensor, mark: int, specs: Sequence[LayerSpec], kernel: Kernel) -> "Packed":
+        """The documents of a token stream (..., T), each begun by the token `mark`, as token files write them
+        (<|endoftext|> stands before a document); runs on the device, also when compiled.
 
-        >>> Packed.at_ends(torch.tensor([5, 0, 7, 8, 0, 9]), 0, specs=[], kernel=sdpa).positions.tolist()
-        [0, 1, 0, 1, 2, 0]
+        >>> Packed.at_marks(torch.tensor([5, 0, 7, 8, 0, 9]), 0, specs=[], kernel=sdpa).positions.tolist()
+        [0, 0, 1, 2, 0, 1]
         """
-        after_end = F.pad(tokens[..., :-1] == end_id, (1, 0))  # a document begins where the one before has ended
-        starts = (after_end * torch.arange(tokens.shape[-1], device=tokens.device)).cummax(dim=-1).values
+        places = torch.arange(tokens.shape[-1], device=tokens.device)
+        starts = ((tokens == mark) * places).cummax(dim=-1).values  # what stands before the first mark begins at 0
         plan = cls.__new__(cls)
         plan._set(starts, specs, kernel, tokens.device)
         return plan

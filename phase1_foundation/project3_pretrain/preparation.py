@@ -15,14 +15,13 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from common import DATA, ROOT
+from common import DATA, ROOT, stages
 from common.download import read_documents
 from common.progress import track
 from phase1_foundation.project3_pretrain.token_file import (
     END_OF_TEXT,
     TokenFileError,
     TokenWriter,
-    digest,
     encode_all,
     fingerprint_of,
     read_header,
@@ -60,8 +59,8 @@ def prepare(settings, only_load_tokenizer=False, refresh=False):
 
     Raises:
         FileNotFoundError: there is no such text or tokenizer.
-        ValueError: nothing is left for one of the two files, or (without `refresh`) the tokens that stand belong to
-            another tokenizer.
+        ValueError: nothing is left for one of the two files, the tokenizer has not the VOCAB_SIZE that a flag asks
+            for, or (without `refresh`) the tokens that stand belong to another tokenizer.
         OSError: the disk is full; what stood there before is untouched.
     """
     folder = Path(settings.DATA_DIR)
@@ -172,10 +171,13 @@ def find_inputs(paths):
 
 
 def describe(inputs, held_out, fraction):
-    """What prepared data depend on besides the tokenizer: names, sizes and content of the texts, and the split."""
+    """What prepared data depend on besides the tokenizer: names and content of the texts, and the split.
+
+    All of the content is hashed, about a second a gigabyte: a sample would miss edits, and dates change with copies.
+    """
     return {
-        "inputs": [[path.name, path.stat().st_size, digest(path)] for path in inputs],
-        "held_out": [[path.name, path.stat().st_size, digest(path)] for path in held_out],
+        "inputs": [[path.name, stages.digest(path)] for path in inputs],
+        "held_out": [[path.name, stages.digest(path)] for path in held_out],
         "val_fraction": fraction,
     }
 
@@ -202,11 +204,13 @@ def keeps(settings, folder):
     headers = headers_of(folder)
     if not headers or {"TRAIN_DATA_PATH", "VAL_DATA_PATH", "VAL_FRACTION"} & set(getattr(settings, "overrides", ())):
         return False
-    if any(header["tokenizer"] != fingerprint_of(load_tokenizer(settings.TOKENIZER)) for header in headers):
+    tokenizer = load_tokenizer(settings.TOKENIZER)
+    if any(header["tokenizer"] != fingerprint_of(tokenizer) for header in headers):
         raise TokenFileError(
             f"{folder} holds tokens of another tokenizer than TOKENIZER={settings.TOKENIZER}: name theirs with "
             f"--tokenizer, run prepare_data.py to replace them, or use another --data_dir"
         )
+    check_vocab_size(settings, tokenizer)
     print(f"{folder} holds {headers[0]['tokens']:,} tokens of {headers[0]['source']}")
     return True
 
@@ -222,16 +226,21 @@ def refuse_empty(train, val, fraction):
         )
 
 
+def check_vocab_size(settings, tokenizer):
+    """Raise if a flag asks for another number of tokens than the tokenizer has."""
+    if "VOCAB_SIZE" in getattr(settings, "overrides", ()) and tokenizer.vocab_size != settings.VOCAB_SIZE:
+        raise ValueError(
+            f"VOCAB_SIZE={settings.VOCAB_SIZE}, but TOKENIZER={settings.TOKENIZER} has {tokenizer.vocab_size} "
+            f"tokens: leave VOCAB_SIZE out, or name a .pkl that does not exist yet"
+        )
+
+
 def ensure_tokenizer(settings, inputs):
     """The tokenizer that TOKENIZER names; a ``.pkl`` that does not exist yet is learned from the text and saved."""
     path = Path(settings.TOKENIZER)
     if settings.TOKENIZER == "gpt2" or path.suffix != ".pkl" or path.exists():
         tokenizer = load_tokenizer(settings.TOKENIZER)
-        if "VOCAB_SIZE" in getattr(settings, "overrides", ()) and tokenizer.vocab_size != settings.VOCAB_SIZE:
-            raise ValueError(
-                f"VOCAB_SIZE={settings.VOCAB_SIZE}, but TOKENIZER={settings.TOKENIZER} has {tokenizer.vocab_size} "
-                f"tokens: leave VOCAB_SIZE out, or name a .pkl that does not exist yet"
-            )
+        check_vocab_size(settings, tokenizer)
         return tokenizer
     from phase1_foundation.project2_tokenizer.tokenizer import BPETokenizer
 

@@ -70,6 +70,11 @@ def warmup_stable_decay(total, warmup, decay_fraction=0.4, floor=0.0):
     """
     if not 0 < decay_fraction <= 1:
         raise ValueError(f"decay_fraction={decay_fraction} must be in (0, 1]: it is the part of the steps that decays")
+    if warmup + int(decay_fraction * total) > total:
+        raise ValueError(
+            f"a warm-up of {warmup} steps and a decay of decay_fraction={decay_fraction} overlap in a run of {total} "
+            f"steps: shorten one of them"
+        )
 
     def shape(progress):
         # progress counts from the end of the warm-up; the decay begins where 1 - progress falls below its share

@@ -61,6 +61,11 @@ def main(argv=None):
     with Run(sys.modules[__name__], argv, description=__doc__) as run:
         s = run.settings
         model, tokenizer = load(s.CHECKPOINT)
+        if tokenizer is None:
+            raise ValueError(
+                f"CHECKPOINT={s.CHECKPOINT} holds a model without a tokenizer, and what is scored is text: use one "
+                f"that was saved with its tokenizer, or put tokenizer.json into its folder"
+            )
         model.to(run.device)
         dtype = None if s.DTYPE == "float32" else getattr(torch, s.DTYPE)
         for path in s.TOKENS:
@@ -94,6 +99,8 @@ def report_text(run, model, tokenizer, path, dtype):
     else:
         with open_text(path) as file:
             texts = [file.read()]  # one text: its line breaks belong to it
+    if not any(texts):
+        raise ValueError(f"{path} holds no text: there is nothing to score")
     total = Score()
     for text in track(texts, label="scoring", unit="texts"):
         total += score_text(model, tokenizer, text, s.STRIDE, dtype=dtype)

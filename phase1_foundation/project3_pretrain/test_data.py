@@ -1,7 +1,9 @@
 """Data: tokens on disk are what was written, refused when damaged, and batches are pure functions."""
 
+import io
 import itertools
 import json
+import os
 import types
 
 import numpy as np
@@ -15,6 +17,7 @@ from phase1_foundation.project1_minimal_gpt.char_tokenizer import CharTokenizer
 from phase1_foundation.project3_pretrain import preparation, token_file
 from phase1_foundation.project3_pretrain.data import TokenDataset, TokenFileError, TokenWriter, write_tokens
 from phase1_foundation.project3_pretrain.download_data import articles
+from phase1_foundation.project3_pretrain.hub_tokenizer import ForeignTokenizer
 from phase1_foundation.project3_pretrain.preparation import find_inputs, is_held_out, load_tokenizer, prepare
 from phase1_foundation.project3_pretrain.shuffle import mix, permute
 from phase1_foundation.project3_pretrain.token_file import header_path, read_header, separator, token_bytes
@@ -118,6 +121,31 @@ def test_a_full_disk_is_said_clearly(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+class FullDisk(io.FileIO):
+    """A file on a disk that takes nothing."""
+
+    def write(self, data):
+        raise OSError(28, "No space left on device")
+
+
+def test_a_disk_that_is_full_at_the_end_leaves_nothing(tmp_path, monkeypatch):
+    full = lambda path, mode: io.BufferedWriter(FullDisk(path, mode))  # noqa: E731 (the buffer fails when flushed)
+    monkeypatch.setattr(token_file, "open", full, raising=False)
+    message = r"could not write .*a\.bin \(No space left on device\) after 4 tokens: free some"
+    with pytest.raises(OSError, match=message), TokenWriter(tmp_path / "a.bin", BYTES) as writer:
+        writer.add([[1, 2, 3]])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_and_one_that_was_killed_do_not_meet(tmp_path):
+    old, young = tmp_path / ".a.bin.1.tmp", tmp_path / ".a.bin.2.tmp"
+    for path in (old, young):
+        path.write_bytes(b"of another process")
+    os.utime(old, (1, 1))
+    make(tmp_path / "a.bin")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.bin.2.tmp", "a.bin", "a.json"]
+
+
 def damage_truncate(path):
     path.write_bytes(path.read_bytes()[:-3])
 
@@ -166,6 +194,34 @@ def test_missing_short_and_foreign_files_are_refused(tmp_path):
 def test_token_bytes_counts_utf8(tmp_path):
     assert token_bytes(BYTES).tolist() == [1] * 256 + [0]
     assert token_bytes(CharTokenizer("a\u00e9\u2603\n")).tolist() == [1, 2, 3, 1]
+
+
+@pytest.mark.parametrize("style", ["metaspace", "byte level"])
+def test_token_bytes_of_a_librarys_tokenizer(style):
+    tokenizers = pytest.importorskip("tokenizers")
+    from tokenizers import decoders, models, pre_tokenizers
+
+    if style == "metaspace":  # SentencePiece: a sign for the space, and bytes for what has no token
+        words = ["<unk>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581", "c", "a", "t", "s", "\u2581c"]
+        model = models.BPE({word: i for i, word in enumerate(words)}, [("\u2581", "c")], byte_fallback=True)
+        tokenizer = tokenizers.Tokenizer(model)
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+        steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        tokenizer.decoder = decoders.Sequence(steps)
+    else:
+        words = ["</s>", *pre_tokenizers.ByteLevel.alphabet(), "\u0120c"]
+        model = models.BPE({word: i for i, word in enumerate(words)}, [("\u0120", "c")])
+        tokenizer = tokenizers.Tokenizer(model)
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.add_tokens(["\u0439\u0439"])  # spelled as it is, whatever the others are written in
+    foreign = ForeignTokenizer(tokenizer.to_str())
+    text = "a cat's \u2603 cats, \u0439\u0439 \U0001f600"
+    sizes, ids = token_bytes(foreign), foreign.encode(text)
+    assert foreign.decode(ids) == text and sizes[ids].sum() == len(text.encode())
+    assert sizes[words.index("</s>")] == 0 and len(sizes) == foreign.vocab_size
+    for word, size in (("\u2581c", 2), ("<0x0A>", 1), ("\u0120c", 2)):
+        assert word not in words or sizes[words.index(word)] == size
 
 
 # --- order ---
@@ -355,6 +411,23 @@ def test_prepare_skips_what_stands_and_notices_changes(plan, tmp_path, capsys):
     assert read_header(tmp_path / "out" / "val.bin")["documents"] > 0
 
 
+def test_no_edit_of_a_text_goes_unnoticed(plan, tmp_path, capsys):
+    text = tmp_path / "corpus.txt"
+    text.write_text("".join(f"document number {i:06d}\n" for i in range(100_000)))  # 2.3 MB
+    prepare(plan)
+    content = text.read_bytes()
+    place = content.index(b"001000")
+    stamp = text.stat().st_mtime_ns
+    text.write_bytes(content[:place] + b"edited" + content[place + 6 :])
+    os.utime(text, ns=(stamp, stamp))
+    prepare(plan)
+    assert "already" not in capsys.readouterr().out
+    assert any("edited" in part for part in documents_of(tmp_path / "out" / "train.bin"))
+    os.utime(text, ns=(stamp + 1, stamp + 1))  # a copy has another date
+    prepare(plan)
+    assert "already" in capsys.readouterr().out
+
+
 def test_prepare_takes_several_files_and_a_held_out_text(plan, tmp_path):
     (tmp_path / "more.jsonl").write_text('{"text": "two\\nlines"}\n')
     (tmp_path / "held.txt").write_text("held out\nalso held out\n")
@@ -395,6 +468,11 @@ def test_a_missing_vocabulary_is_learned_and_kept(tmp_path):
     s.overrides, s.VOCAB_SIZE = {"TRAIN_DATA_PATH", "VOCAB_SIZE"}, 400
     with pytest.raises(ValueError, match=r"VOCAB_SIZE=400, but TOKENIZER=.* has 300 tokens"):
         prepare(s)
+    s.overrides = {"VOCAB_SIZE"}  # no flag names a text: the tokens that stand would be taken
+    with pytest.raises(ValueError, match=r"VOCAB_SIZE=400, but TOKENIZER=.* has 300 tokens"):
+        prepare(s)
+    s.VOCAB_SIZE = 300
+    assert prepare(s).vocab_size == 300
 
 
 def test_without_a_download_the_sample_is_taken(plan, tmp_path, capsys):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from common import DATA
+from common import DATA, checkpoint
+from phase1_foundation.project3_pretrain import evaluation
 from phase1_foundation.project3_pretrain import score as script
 from phase1_foundation.project3_pretrain.data import TokenDataset, write_tokens
 from phase1_foundation.project3_pretrain.evaluation import (
@@ -21,6 +22,8 @@ from phase1_foundation.project3_pretrain.evaluation import (
     score_text,
     validation_loss,
 )
+from phase1_foundation.project3_pretrain.head import chunked_nll
+from phase1_foundation.project3_pretrain.model import PRESETS, ModelConfig, Transformer
 from phase1_foundation.project3_pretrain.test_data import BYTES
 from phase1_foundation.project3_pretrain.zero_shot import blimp, continuations, lambada, read_records
 
@@ -183,6 +186,35 @@ def test_impossible_requests_are_refused():
         score_text(uniform(), BYTES, "")
 
 
+def test_a_window_that_is_too_long_is_measured_in_pieces(held_out, monkeypatch):
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(vocab_size=V, block_size=32, n_layer=1, n_head=2, n_embd=16))
+    pieces = []
+
+    def loss(x, weight, targets):
+        pieces.append(targets.numel())
+        return chunked_nll(x, weight, targets)
+
+    model.use_loss(loss)
+    path = held_out[0].path
+    text = " ".join(held_out[1]) * 3
+    measures = (
+        lambda: score(model, TokenDataset(path, 32)),
+        lambda: score(model, range(100), batch_size=3),
+        lambda: score_text(model, BYTES, text),
+    )
+    whole = [measure() for measure in measures]
+    assert max(pieces) > 32
+    monkeypatch.setattr(evaluation, "MAX_LOGITS", 10 * V)  # ten tokens at once
+    pieces.clear()
+    for measure, expected in zip(measures, whole):
+        found = measure()
+        assert (found.tokens, found.bytes) == (expected.tokens, expected.bytes)
+        assert found.nats == pytest.approx(expected.nats, rel=1e-6)
+    assert max(pieces) == 10 and model.head.loss is loss
+    assert evaluation.in_pieces(loss, 10) is evaluation.in_pieces(loss, 10)  # nothing is compiled twice
+
+
 # --- zero-shot tests ---
 
 
@@ -202,10 +234,7 @@ def test_continuations_by_hand():
 
 
 def test_padding_and_neighbours_change_nothing():
-    from phase1_foundation.project3_pretrain.model import PRESETS, ModelConfig, Transformer
-
     torch.manual_seed(0)
-    assert "cpu-tiny" in PRESETS
     shape = ModelConfig(vocab_size=V, block_size=32, n_layer=2, n_head=2, n_embd=16)
     model = Transformer(shape)
     rows = [([256, *range(k)], list(range(k, k + 3))) for k in (1, 9, 3, 27)]
@@ -280,6 +309,20 @@ def test_bad_records_are_named(tmp_path, line):
         lambada(uniform(), BYTES, path)
 
 
+def test_files_without_records_are_named(tmp_path):
+    path = write_records(tmp_path / "empty.jsonl", [])
+    for test in (blimp, lambada):
+        with pytest.raises(ValueError, match=r"empty\.jsonl holds no records"):
+            test(uniform(), BYTES, path)
+
+
+def test_a_word_longer_than_the_context_is_refused(tmp_path):
+    path = write_records(tmp_path / "l.jsonl", [{"text": "a bcdefgh"}])
+    assert lambada(uniform(8), BYTES, path).perplexity == pytest.approx(V**8, rel=1e-3)  # the space and seven letters
+    with pytest.raises(ValueError, match=r"l\.jsonl: the last word 'bcdefgh' is 8 tokens, .*block_size=7"):
+        lambada(uniform(7), BYTES, path)
+
+
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no \.jsonl files"):
         blimp(uniform(), BYTES, tmp_path)
@@ -324,6 +367,22 @@ def test_the_script_refuses_what_cannot_work(flags, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         script.main(flags)
     assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_script_needs_a_tokenizer_and_text(tmp_path, monkeypatch, capsys):
+    model = Transformer(PRESETS["cpu-tiny"]())
+    saved = dict(iter=0, optimizer_state_dict={}, train_loss=0.0, val_loss=0.0, model_state_dict=model.state_dict())
+    saved["config"] = {"kind": "transformer", "model": model.config.to_dict(), "settings": {}}
+    checkpoint.save(tmp_path / "bare.pt", saved)
+    flags = ["--device", "cpu", "--blimp", "none", "--lambada", "none", "--text", str(tmp_path / "none.jsonl")]
+    (tmp_path / "none.jsonl").write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        script.main([*flags, "--checkpoint", str(tmp_path / "bare.pt")])
+    assert stopped.value.code == 2 and "bare.pt holds a model without a tokenizer" in capsys.readouterr().err
+    monkeypatch.setattr(script, "load", lambda checkpoint: (model, BYTES))
+    with pytest.raises(SystemExit) as stopped:
+        script.main(flags)
+    assert stopped.value.code == 2 and "none.jsonl holds no text" in capsys.readouterr().err
 
 
 if __name__ == "__main__":

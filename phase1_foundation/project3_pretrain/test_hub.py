@@ -151,6 +151,38 @@ def test_weights_keep_their_dtype_or_take_the_one_asked_for(tmp_path):
     assert model.blocks[0].attention.rotation.table.dtype == torch.float32
 
 
+def test_weights_of_several_types_are_read_in_the_widest(tmp_path):
+    model = ours()
+    for part, dtype in ((model.embed, torch.bfloat16), (model.norm, torch.float32), (model.blocks, torch.float16)):
+        part.to(dtype)  # the embedding, which is stored first, is the narrowest
+    to_huggingface(model, None, tmp_path, shard_bytes=10_000)
+    again, _ = from_huggingface(tmp_path)
+    assert {tensor.dtype for tensor in again.state_dict().values()} == {torch.float32}
+    assert all(torch.equal(t, again.state_dict()[name]) for name, t in model.float().state_dict().items())
+    to_huggingface(ours(), None, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"weights of type torch\.int8 are not read"):
+        from_huggingface(tmp_path)
+
+
+def test_an_interrupted_export_is_no_model(tmp_path, monkeypatch):
+    to_huggingface(ours(), None, tmp_path)
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hub, "_write_weights", interrupted)
+    with pytest.raises(ValueError, match="cannot be written as tokenizer"):  # refused before anything is touched
+        to_huggingface(ours(), object(), tmp_path)
+    assert from_huggingface(tmp_path)[0].config == ours().config
+    with pytest.raises(KeyboardInterrupt):
+        to_huggingface(ours(rope_theta=1.0), None, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        from_huggingface(tmp_path)
+
+
 # --- what is published: config.json of old and new versions of transformers ---
 
 PUBLISHED = {
@@ -233,12 +265,48 @@ def test_an_unsupported_architecture_lists_the_supported_ones(tmp_path):
         (dict(rope_parameters={"rope_theta": 1.0, "partial_rotary_factor": 0.5}), "one whole rotation"),
         (dict(quantization_config={"bits": 4}), "quantized weights are not read"),
         (dict(num_attention_heads=7, head_dim=None), "must be divisible"),
+        (dict(model_type=[]), r"model_type=\[\]"),
+        (dict(model_type=None, architectures=3), "model_type=None"),
+        (dict(rope_parameters={"rope_type": "linear", "rope_theta": 1.0}), "factor=None"),
+        (dict(rope_parameters={"rope_type": "linear", "factor": "two"}), "factor='two'"),
+        (dict(rope_parameters={"rope_type": ["linear"]}), "rope_type="),
+        (dict(rope_parameters="linear"), "rope_parameters='linear'"),
+        (dict(rope_parameters=None, rope_scaling=2.0), "rope_scaling=2.0"),
+        (dict(rope_parameters="absent", rope_theta=None), "rope_theta=None"),
+        (dict(hidden_size="32"), "hidden_size='32'"),
+        (dict(vocab_size=None), "vocab_size=None"),
+        (dict(num_hidden_layers=True), "num_hidden_layers=True"),
+        (dict(hidden_act=["silu"]), "hidden_act="),
+        (dict(use_sliding_window=True, sliding_window="4"), "sliding_window='4'"),
+        (dict(layer_types=["chunked_attention", "full_attention"]), "layer_types=.*'chunked_attention'"),
+        (dict(layer_types=["full_attention"]), "layer_types=.* only 2 of full_attention, sliding_attention"),
+        (dict(layer_types="full_attention"), "layer_types="),
+        (dict(layer_types=None, max_window_layers=None), "max_window_layers=None"),
     ],
 )
 def test_settings_that_we_do_not_compute_are_refused(changes, said, tmp_path):
     to_huggingface(ours(), None, tmp_path)
     edit_config(tmp_path, **changes)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=rf"config\.json: .*{said}"):
+        from_huggingface(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("null", "holds a NoneType"),
+        ("[]", "holds a list"),
+        ('"text"', "holds a str"),
+        ("{", "is no JSON"),
+        ("{}", "model_type=None|weight_map=None"),
+        ('{"weight_map": {"norm": 3}, "model_type": 3}', "model_type=3|weight_map={'norm': 3}"),
+    ],
+)
+def test_damaged_json_is_named(name, content, said, tmp_path):
+    to_huggingface(ours(), None, tmp_path, shard_bytes=10_000)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"(?s){name}.*({said})"):
         from_huggingface(tmp_path)
 
 
@@ -367,6 +435,15 @@ def test_the_tokenizer_travels_along(tmp_path):
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert auto.encode(text) == tokenizer.encode(text) and auto.eos_token_id == tokenizer.eot_id
     assert auto.decode(auto.encode(text)) == text
+
+
+def test_no_tokenizer_of_an_earlier_export_stays(tmp_path):
+    to_huggingface(ours(vocab_size=280), small_tokenizer(), tmp_path)
+    for name in ("vocab.json", "merges.txt", "special_tokens_map.json"):
+        (tmp_path / name).write_text("{}")
+    to_huggingface(ours(), None, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert from_huggingface(tmp_path)[1] is None
 
 
 def test_foreign_tokenizers_are_run_by_their_library(tmp_path):

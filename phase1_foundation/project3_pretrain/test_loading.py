@@ -116,6 +116,12 @@ def test_the_recipe_is_replayed_before_the_weights_are_read(tmp_path, monkeypatc
         (dict(recipe=[["teleport", {}]]), "unknown transform 'teleport'"),
         (dict(model_state_dict={}), "Missing key"),
         (dict(tokenizer={"kind": "morse"}), "'morse' is unknown: known are char, bpe, foreign"),
+        (dict(tokenizer={"kind": ["char"]}), r"\['char'\] is unknown"),
+        (dict(tokenizer="char"), "tokenizer is 'char', not a dict"),
+        (dict(model_state_dict=[1, 2]), r"model_state_dict is \[1, 2\], not a dict of tensors"),
+        (dict(model_state_dict=None), "model_state_dict is None"),
+        (dict(model_state_dict={"norm.weight": 3}), "not a dict of tensors"),
+        (dict(config={"kind": "transformer", "model": {"rope_scaling": "linear"}}), "'str' object has no"),
     ],
 )
 def test_what_cannot_be_rebuilt_is_named(change, said, tmp_path):
@@ -130,6 +136,35 @@ def test_a_misshapen_tensor_is_named(tmp_path):
     checkpoint.save(tmp_path / "odd.pt", odd)
     with pytest.raises(CheckpointError, match=r"(?s)odd\.pt.*norm\.weight"):
         load(tmp_path / "odd.pt")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_not_the_files_fault(tmp_path):
+    checkpoint.save(tmp_path / "best.pt", saved(model()))
+    to_huggingface(model(), None, tmp_path / "folder")
+    for source in ("best.pt", "folder"):
+        with pytest.raises(ValueError, match="DEVICE='cuda' cannot be used here") as raised:
+            load(tmp_path / source, device="cuda")
+        assert not isinstance(raised.value, CheckpointError)
+
+
+def test_nor_is_its_memory(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    checkpoint.save(tmp_path / "best.pt", saved(model()))
+    monkeypatch.setattr(loading, "fill", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load(tmp_path / "best.pt")
+
+
+@pytest.mark.parametrize(
+    ("use", "said"),
+    [("chunked_loss:chunk=0", "chunk=0 must be at least 1"), ("chunked_loss:chunk=abc", "does not take chunk='abc'")],
+)
+def test_a_loss_in_impossible_chunks_is_refused(use, said):
+    with pytest.raises(ValueError, match=said):
+        catalog.apply(model(), [use])
 
 
 def test_damaged_and_missing_files_are_named(tmp_path):

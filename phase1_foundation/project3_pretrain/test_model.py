@@ -222,7 +222,7 @@ def plain_nll_of(logits, targets):
 
 def test_specs_say_what_a_cache_must_know():
     spec = make(n_head=4, n_kv_head=2, head_size=6, windows=(3, None), attention_scale=0.5).specs[0]
-    assert spec == plans.LayerSpec(n_head=4, n_kv_head=2, head_size=6, value_size=6, window=3, scale=0.5)
+    assert spec == plans.LayerSpec(n_head=4, n_kv_head=2, head_size=6, value_size=6, window=3, scale=0.5, block_size=64)
 
 
 def test_building_on_meta_is_cheap():
@@ -345,11 +345,18 @@ def test_packed_documents_get_the_logits_they_get_alone(preset, fields):
     torch.testing.assert_close(nested.flatten(0, 1), torch.cat(alone))
 
 
-def test_documents_are_found_by_their_end():
+def test_documents_are_found_by_the_mark_before_them():
     tokens = torch.tensor([[7, 0, 5, 5, 5, 0, 1, 2], [0, 0, 3, 3, 3, 3, 3, 0]])
-    ends = Packed.at_ends(tokens, 0, [], sdpa)
-    lengths = Packed([[2, 4, 2], [1, 1, 6]], [], sdpa)
-    assert torch.equal(ends.positions, lengths.positions) and torch.equal(ends.starts, lengths.starts)
+    marks = Packed.at_marks(tokens, 0, [], sdpa)
+    lengths = Packed([[1, 4, 3], [1, 6, 1]], [], sdpa)
+    assert torch.equal(marks.positions, lengths.positions) and torch.equal(marks.starts, lengths.starts)
+
+
+def test_a_packed_document_longer_than_the_context_is_refused():
+    model = make(block_size=8)
+    Packed([8, 4], model.specs, model.kernel)
+    with pytest.raises(ValueError, match="12 tokens exceeds block_size=8"):
+        Packed([12], model.specs, model.kernel)
 
 
 @pytest.mark.parametrize("lengths", [[], [3, 0], [[3, 5], [7]], [-1, 4]])
@@ -506,6 +513,20 @@ def test_layers_can_be_swapped_inside_checkpointed_blocks():
     for changed in (model, reference):
         swap_modules(changed, lambda name, old: Zero(), lambda name, module: name.endswith("mlp"))
     assert torch.equal(model(tokens), reference(tokens))
+
+
+def test_a_checkpointed_block_keeps_a_forward_of_its_own():
+    class Doubling(layers.Block):
+        def forward(self, x, plan, layer):
+            return 2 * super().forward(x, plan, layer)
+
+    model, reference, tokens = make(), make(), random_tokens(1, 8)
+    for changed in (model, reference):
+        changed.blocks[1].__class__ = Doubling
+    checkpoint_activations(checkpoint_activations(model))  # asked for twice, done once
+    assert torch.equal(model(tokens), reference(tokens))
+    assert not torch.equal(model(tokens), make()(tokens))
+    assert isinstance(model.blocks[1], Doubling)
 
 
 def test_checkpointing_refuses_nonsense():

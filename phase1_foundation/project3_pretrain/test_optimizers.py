@@ -39,6 +39,22 @@ def test_adamw_leaves_parameters_without_a_gradient_alone():
     assert torch.equal(unused, before)
 
 
+def test_adamw_corrects_each_parameter_by_its_own_number_of_steps():
+    ours, theirs = _parameters([(4,), (4,)]), _parameters([(4,), (4,)])
+    a = AdamW(ours, lr=0.05, weight_decay=0.1)
+    b = torch.optim.AdamW(theirs, lr=0.05, betas=(0.9, 0.95), weight_decay=0.1)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(1, 9):
+        for late, (p, q) in enumerate(zip(ours, theirs)):
+            if not late or step >= 5:  # as an expert that gets its first token late
+                p.grad = torch.randn(4, generator=generator)
+                q.grad = p.grad.clone()
+        a.step()
+        b.step()
+        for p, q in zip(ours, theirs):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(16, 16), (8, 40), (40, 8), (3, 24, 12)])
 def test_orthogonalize_sends_singular_values_near_one_and_keeps_the_directions(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(2))
@@ -123,6 +139,53 @@ def test_optimizer_state_survives_a_round_trip():
         OptimizerSet(torch.optim.SGD(model.parameters(), lr=0.1)).load_state_dict(first.state_dict())
 
 
+def test_a_resumed_run_keeps_its_own_hyperparameters():
+    model = _TwoBlocks()
+    first, second = build_optimizer(model, "muon", 0.1, 0.5), build_optimizer(model, "muon", 0.01, 0.2, (0.5, 0.6))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    first.step()
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    second.set_lr_scale(1.0)
+    assert {group["lr"] for group in second.param_groups} == {0.01}
+    assert {group["weight_decay"] for group in second.param_groups} == {0.2, 0.0}
+    assert second.optimizers[1].param_groups[0]["betas"] == (0.5, 0.6)
+    moments = [o.state[model.norm.weight]["exp_avg"] for o in (first.optimizers[1], second.optimizers[1])]
+    assert torch.equal(*moments) and moments[0].any()
+
+
+def test_state_of_other_groups_is_refused():
+    model = _TwoBlocks()
+    saved = build_optimizer(model, "adamw", 0.1, 0.1).state_dict()
+    model.embed.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"AdamW has groups of \[1, 4, 2\]"):
+        build_optimizer(model, "adamw", 0.1, 0.1).load_state_dict(saved)
+
+
+@pytest.mark.parametrize(
+    ("trained", "expected"),
+    [
+        ("blocks.0.weight", {"muon": ["Muon"], "adamw": ["AdamW"]}),  # what LoRA leaves
+        ("norm.weight", {"muon": ["AdamW"], "adamw": ["AdamW"]}),  # frozen blocks
+    ],
+)
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_partly_frozen_models_get_the_optimizers_they_need(name, trained, expected):
+    model = _TwoBlocks().requires_grad_(False)
+    model.get_parameter(trained).requires_grad_(True)
+    optimizer = build_optimizer(model, name, 0.1, 0.1)
+    assert [type(member).__name__ for member in optimizer.optimizers] == expected[name]
+    assert [p for group in optimizer.param_groups for p in group["params"]] == [model.get_parameter(trained)]
+
+
+def test_an_embedding_rate_of_zero_is_zero():
+    model = _TwoBlocks()
+    rates = {
+        id(p): g["lr"] for g in build_optimizer(model, "muon", 0.1, 0.1, embed_lr=0.0).param_groups for p in g["params"]
+    }
+    assert rates[id(model.embed.weight)] == 0.0
+
+
 def test_build_optimizer_says_what_is_wrong():
     model = _TwoBlocks()
     with pytest.raises(ValueError, match="OPTIMIZER=lion"):
@@ -155,6 +218,12 @@ def test_schedules_stay_in_range_and_never_stand_still(name):
     assert all(0 < value <= 1 for value in values)
     assert max(values) == 1
     assert list(schedule) == values  # iterable, for plots
+
+
+def test_a_decay_that_begins_within_the_warm_up_is_refused():
+    warmup_stable_decay(10, 4, 0.6)
+    with pytest.raises(ValueError, match=r"warm-up of 5 steps.*overlap"):
+        warmup_stable_decay(10, 5, 0.6)
 
 
 @pytest.mark.parametrize(("total", "warmup"), [(0, 0), (10, 11), (10, -1)])

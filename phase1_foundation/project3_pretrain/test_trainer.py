@@ -6,12 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from common import checkpoint
 from phase1_foundation.project3_pretrain.hooks import (
     Checkpoint,
     Evaluate,
     ExponentialAverage,
+    Progress,
     StopOnRequest,
     plot_metrics,
     read_metrics,
@@ -20,6 +22,7 @@ from phase1_foundation.project3_pretrain.hooks import (
 from phase1_foundation.project3_pretrain.model import ModelConfig, Transformer
 from phase1_foundation.project3_pretrain.optimizers import build_optimizer
 from phase1_foundation.project3_pretrain.schedules import cosine
+from phase1_foundation.project3_pretrain.shuffle import mix
 from phase1_foundation.project3_pretrain.trainer import DivergedError, NextToken, Step, fit, flops_per_token
 
 TINY = ModelConfig(vocab_size=31, block_size=8, n_layer=2, n_head=2, n_embd=16, dropout=0.1)
@@ -124,6 +127,102 @@ def test_a_nan_stops_before_the_weights_are_touched(tmp_path):
     assert checkpoint.load(tmp_path / "last.pt")["iter"] == 2
 
 
+def test_a_loss_that_is_no_number_stops_even_if_its_gradient_is_one():
+    step = _step()
+    step.objective = lambda model, batch: NextToken()(model, batch) + math.inf
+    step.objective.count = NextToken().count
+    before = _weights(step)
+    with pytest.raises(DivergedError, match="step 1: the loss became inf"):
+        fit(step, Batches(), cosine(8, 2))
+    assert torch.equal(_weights(step), before)
+
+
+def _diverge(tmp_path, at, resume=0, **options):
+    """Train with checkpoints until an update at step `at` ruins the weights; returns the message."""
+    step = _step()
+    ruin = lambda s: s.iter == at and torch.nn.init.constant_(s.step.model.norm.weight, math.nan)  # noqa: E731
+    keep = Checkpoint(tmp_path, dict, start=resume, **options)
+    with pytest.raises(DivergedError) as caught:
+        fit(step, Batches(), cosine(20, 2), [ruin, keep], start=resume)
+    return str(caught.value)
+
+
+def _steps_of(folder):
+    return {path.name: checkpoint.load(path)["iter"] for path in folder.glob("*.pt*")}
+
+
+def test_after_a_divergence_the_message_names_the_file_whose_weights_are_good(tmp_path):
+    assert "No checkpoint was written yet" in _diverge(tmp_path / "a", at=3, every=5)
+    message = _diverge(tmp_path / "b", at=4, every=3)
+    assert f"continues from {tmp_path / 'b' / 'last.pt'} (step 3)" in message
+    message = _diverge(tmp_path / "c", at=4, every=2)
+    assert f"delete it, and the next run continues from {tmp_path / 'c' / 'previous.pt'}" in message
+    assert _steps_of(tmp_path / "c") == {"last.pt": 4, "previous.pt": 2}
+    assert all(v.isfinite().all() for v in checkpoint.load(tmp_path / "c/previous.pt")["model_state_dict"].values())
+    message = _diverge(tmp_path / "d", at=1, every=1)
+    assert _steps_of(tmp_path / "d") == {"last.pt": 1} and "--no_resume" in message
+
+
+def test_a_validation_loss_that_is_no_number_saves_nothing(tmp_path):
+    run = SimpleNamespace(log=lambda **f: None, print=lambda *a, **k: None)
+    hooks = [Evaluate(lambda: math.nan, 2, run), Checkpoint(tmp_path, dict, every=1)]
+    with pytest.raises(DivergedError, match=r"step 2: the validation loss.*last.pt \(step 1\)"):
+        fit(_step(), Batches(), cosine(8, 2), hooks)
+    assert _steps_of(tmp_path) == {"last.pt": 1}
+
+
+def test_a_step_without_a_token_that_counts_says_so():
+    class Masked(Batches):
+        def __getitem__(self, step):
+            return [(tokens, torch.full_like(targets, -100)) for tokens, targets in super().__getitem__(step)]
+
+    with pytest.raises(ValueError, match="step 1 has no token that counts") as caught:
+        fit(_step(), Masked(), cosine(8, 2))
+    assert not isinstance(caught.value, DivergedError)
+
+
+def test_the_auxiliary_loss_weighs_the_same_under_every_mask():
+    step, (tokens, targets) = _step(), Batches(1, 4)[0][0]
+    step.model.auxiliary_losses = lambda: torch.tensor(0.25)
+    model = lambda tokens, targets: torch.zeros(tokens.shape)  # noqa: E731
+    model.auxiliary_losses = step.model.auxiliary_losses
+    masked = targets.clone()
+    masked[:3] = -100
+    for batch in ((tokens, targets), (tokens, masked)):
+        assert float(step.objective(model, batch)) / step.objective.count(batch) == 0.25
+
+
+def test_gradients_are_summed_where_ranks_used_different_parameters(monkeypatch):
+    ours, theirs, messages = _step(), _step(), []
+    for step, used in ((ours, {0, 1}), (theirs, {1, 2})):
+        step.world_size = 2
+        for i in used:
+            step.parameters[i].grad = torch.full_like(step.parameters[i], 1.0 + i)
+    monkeypatch.setattr(dist, "all_reduce", lambda flat: messages.append(flat.clone()))
+    theirs.reduce_gradients()
+    monkeypatch.setattr(dist, "all_reduce", lambda flat: flat.add_(messages[0]))
+    ours.reduce_gradients()
+    for parameter, expected in zip(ours.parameters, (1.0, 4.0, 3.0)):
+        assert torch.equal(parameter.grad, torch.full_like(parameter, expected))
+    assert all(parameter.grad is None for parameter in ours.parameters[3:])  # as in a single process
+
+
+def test_the_seed_of_a_step_is_the_same_in_every_python():
+    seen = []
+    step = _step()
+    step.objective = lambda model, batch: (seen.append(torch.initial_seed()), NextToken()(model, batch))[1]
+    step.objective.count = NextToken().count
+    fit(step, Batches(1), cosine(2, 1), seed=5)
+    assert seen == [mix(5, 0, 0), mix(5, 1, 0)]
+
+
+def test_the_progress_line_shows_the_learning_rate():
+    lines = []
+    run = SimpleNamespace(print=lambda text, **k: lines.append(text), log=lambda **f: None, device=torch.device("cpu"))
+    fit(_step(), Batches(), cosine(2, 2), [Progress(run, 2, every_s=0.0, peak_lr=0.5)])
+    assert "lr 0.2500" in lines[0] and "lr 0.5000" in lines[1]
+
+
 def test_best_follows_the_validation_loss_and_last_the_steps(tmp_path):
     losses = iter([3.0, 2.0, 2.5, 2.4])
     run = SimpleNamespace(log=lambda **f: None, print=lambda *a, **k: None)
@@ -144,18 +243,43 @@ def test_a_request_to_stop_saves_and_leaves(tmp_path):
     assert checkpoint.load(tmp_path / "last.pt")["iter"] == 2
 
 
-def test_exponential_average_is_the_formula_and_swaps_back():
+def test_a_stop_of_another_hook_stays(tmp_path):
+    stop = lambda state: setattr(state, "stop", state.iter == 3)  # noqa: E731
+    state = fit(_step(), Batches(), cosine(8, 2), [stop, StopOnRequest(SimpleNamespace(stopping=False))])
+    assert state.iter == 3
+
+
+def test_exponential_average_is_the_formula_and_leaves_the_weights_alone():
     step = _step()
     average, history = ExponentialAverage(step.model, 0.5), [_weights(step)]
     state = fit(step, Batches(), cosine(4, 1), [average, lambda s: history.append(_weights(step))])
     expected = history[0]
     for weights in history[1:]:
         expected = 0.5 * expected + 0.5 * weights
-    average.swap()
-    torch.testing.assert_close(_weights(step), expected)
-    average.swap()
+    with average.applied():
+        torch.testing.assert_close(_weights(step), expected)
     assert torch.equal(_weights(step), history[-1])
     assert set(state.extra["ema"]) == {name for name, _ in step.model.named_parameters()}
+
+
+def test_the_average_resumes_bit_by_bit_and_best_holds_it(tmp_path):
+    def train(step, start=0, average=None, stop=None):
+        average = ExponentialAverage(step.model, 0.7, average)
+        run = SimpleNamespace(log=lambda **f: None, print=lambda *a, **k: None)
+        keep = Checkpoint(tmp_path, dict, 100, averaged=average.applied)
+        hooks = [average, lambda s: setattr(s, "stop", s.iter == stop), Evaluate(lambda: 2.0, 6, run), keep]
+        fit(step, Batches(), cosine(6, 1), hooks, start)
+        return average.average
+
+    whole = train(_step())
+    best = checkpoint.load(tmp_path / "best.pt")["model_state_dict"]
+    assert all(torch.equal(best[name], whole[name]) for name in whole)
+    train(_step(), stop=3)
+    saved, again = checkpoint.load(tmp_path / "last.pt"), _step(seed=9)
+    again.model.load_state_dict(saved["model_state_dict"])
+    again.load_state_dict(saved["optimizer_state_dict"])
+    resumed = train(again, 3, saved["ema"])
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 def test_metrics_survive_a_torn_line_and_are_rewound(tmp_path):

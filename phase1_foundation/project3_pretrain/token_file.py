@@ -8,9 +8,12 @@ Each component is explained with paper references for educational purposes.
 """
 
 import base64
+import contextlib
+import glob
 import hashlib
 import json
 import os
+import time
 import zlib
 from pathlib import Path
 
@@ -44,6 +47,8 @@ def separator(tokenizer):
 
 def token_bytes(tokenizer):
     """How many bytes of text each token stands for (int32, by id); special tokens stand for none."""
+    if hasattr(tokenizer, "token_sizes"):  # a library's: its tokens are spelled in several ways
+        return np.array(tokenizer.token_sizes(), dtype=np.int32)
     special = set(getattr(tokenizer, "special_tokens", {}).values())
     sizes = np.zeros(tokenizer.vocab_size, dtype=np.int32)
     if hasattr(tokenizer, "vocab"):  # byte-level: one printable letter a byte
@@ -83,7 +88,7 @@ class TokenWriter:
 
     def __init__(self, path, tokenizer, source="", extra=None):
         self.path = Path(path)
-        self.temporary = self.path.with_name(f".{self.path.name}.tmp")
+        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         self.tokenizer, self.source, self.extra = tokenizer, source, extra or {}
         self.vocab_size = tokenizer.vocab_size
         self.dtype = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
@@ -93,6 +98,10 @@ class TokenWriter:
 
     def __enter__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.tmp"):  # of a process that was killed
+            with contextlib.suppress(OSError):
+                if time.time() - stale.stat().st_mtime > 3600:
+                    stale.unlink()
         self.file = self._guard(open, self.temporary, "wb")
         return self
 
@@ -115,7 +124,8 @@ class TokenWriter:
             if kind is None:
                 self._guard(self._finish)
         finally:
-            self.file.close()
+            with contextlib.suppress(OSError):  # on a full disk closing fails like the write before it, which was told
+                self.file.close()
             self.temporary.unlink(missing_ok=True)
 
     def _finish(self):

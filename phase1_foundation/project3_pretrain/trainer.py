@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from phase1_foundation.project3_pretrain.shuffle import mix
+
 
 class DivergedError(ValueError):
-    """The loss or the gradient is no longer a number; the weights were left as they were before the step."""
+    """A loss or the gradient is no longer a number; nothing was moved or saved after that was seen."""
 
 
 class NextToken:
@@ -40,7 +42,9 @@ class NextToken:
     def __call__(self, model, batch):
         """The summed loss of a batch, in nats: a 0-d float32 tensor."""
         tokens, targets = batch
-        return model(tokens, targets=targets).sum() + model.auxiliary_losses() * tokens.numel()
+        counted = (targets != -100).sum()  # `count`, left on the device: fetching it would make a GPU wait
+        # The trainer divides by the count: weighed by it, the auxiliary term weighs the same under every mask.
+        return model(tokens, targets=targets).sum() + model.auxiliary_losses() * counted
 
 
 class Step:
@@ -123,15 +127,21 @@ class Step:
         return norm
 
     def reduce_gradients(self):
-        """Add up the gradients of all ranks: one message, since one large one is faster than many small ones."""
+        """Add up the gradients of all ranks: one message, since one large one is faster than many small ones.
+
+        A parameter that some ranks did not use (an expert that got no token) counts as zero there; one that no rank
+        used keeps no gradient, as in a single process.
+        """
         if self.world_size == 1:
             return
-        grads = [p.grad for p in self.parameters]
-        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        used = torch.tensor([float(p.grad is not None) for p in self.parameters], device=self.device)
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        flat = torch.cat([used, *(grad.reshape(-1) for grad in grads)])
         dist.all_reduce(flat)
-        torch._foreach_copy_(
-            grads, [part.view_as(grad) for part, grad in zip(flat.split([g.numel() for g in grads]), grads)]
-        )
+        used, *sums = flat.split([len(grads), *(grad.numel() for grad in grads)])
+        torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(sums, grads)])
+        for parameter, grad, ranks in zip(self.parameters, grads, used.tolist()):
+            parameter.grad = grad if ranks else None
 
     def sum_over_ranks(self, number):
         """Add up a number of all ranks."""
@@ -182,38 +192,36 @@ def fit(step, batches, schedule, hooks=(), start=0, seed=0, state=None):
         step: a `Step`.
         batches: ``batches[i]`` is the list of micro batches of step i on this rank.
         schedule: ``schedule[i]`` is the learning-rate multiplier of step i; its length is the run's.
-        hooks: called with the `TrainState` after each step, in order; ``close(state)`` is called at the end.
+        hooks: called with the `TrainState` after each step, in order; where they have it, ``close(state)`` is called
+            at the end, and ``remedy(state)`` says where to go back to after a divergence.
         start: steps already done.
+        seed: of dropout and all else that is random in a step.
+        state: a `TrainState` to fill in place of a new one (with something in its `extra`, say).
 
     Returns:
         The final `TrainState`.
 
     Raises:
-        DivergedError: loss or gradient is not a number.
+        DivergedError: a loss or the gradient is not a number; seen before the optimizer moves.
+        ValueError: no token of a step counts.
     """
-    state = state or TrainState(step, len(schedule), start)
+    state = state or TrainState(step, len(schedule))
+    state.iter = start
     rank = dist.get_rank() if dist.is_initialized() else 0
     try:
         for i in range(start, len(schedule)):
             began = time.perf_counter()
             micros = batches[i]
-            torch.manual_seed(hash((seed, i, rank)) % 2**63)  # dropout: a function of (seed, step, rank)
-            state.tokens = int(step.sum_over_ranks(sum(step.objective.count(micro) for micro in micros)))
-            loss = step.backward(micros, state.tokens)
-            state.lr_scale = schedule[i]
+            torch.manual_seed(mix(seed, i, rank))  # dropout: a function of (seed, step, rank)
             try:
-                state.grad_norm = step.update(state.lr_scale)
-                state.train_loss = step.sum_over_ranks(float(loss))
-                if not math.isfinite(state.train_loss):
-                    raise DivergedError(f"the loss became {state.train_loss}")
+                _advance(state, micros, schedule[i])
+                state.iter, state.seconds = i + 1, time.perf_counter() - began
+                for hook in hooks:
+                    hook(state)
             except DivergedError as error:
-                raise DivergedError(
-                    f"training diverged at step {i + 1}: {error}. The last good checkpoint was kept. "
-                    f"Resume with a lower learning rate or a longer warm-up."
-                ) from error
-            state.iter, state.seconds = i + 1, time.perf_counter() - began
-            for hook in hooks:
-                hook(state)
+                ways = [hook.remedy(state) for hook in hooks if hasattr(hook, "remedy")]
+                advice = " ".join(["Use a lower learning rate or a longer warm-up.", *ways])
+                raise DivergedError(f"training diverged at step {i + 1}: {error}. {advice}") from error
             if state.stop:
                 break
     finally:
@@ -221,6 +229,22 @@ def fit(step, batches, schedule, hooks=(), start=0, seed=0, state=None):
             if hasattr(hook, "close"):
                 hook.close(state)
     return state
+
+
+def _advance(state, micros, lr_scale):
+    """Take one step, unless its loss or gradient says that it must not be taken."""
+    step = state.step
+    state.tokens = int(step.sum_over_ranks(sum(step.objective.count(micro) for micro in micros)))
+    if not state.tokens:
+        raise ValueError(
+            f"step {state.iter + 1} has no token that counts, all its targets are masked (-100): leave such texts out "
+            f"of the data, or take larger batches"
+        )
+    state.train_loss = step.sum_over_ranks(float(step.backward(micros, state.tokens)))
+    if not math.isfinite(state.train_loss):
+        raise DivergedError(f"the loss became {state.train_loss}")
+    state.lr_scale = lr_scale
+    state.grad_norm = step.update(lr_scale)
 
 
 def flops_per_token(model, length):

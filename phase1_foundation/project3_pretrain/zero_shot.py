@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from common.download import open_text
-from phase1_foundation.project3_pretrain.evaluation import IGNORE, evaluating, tokens_at_once
+from phase1_foundation.project3_pretrain.evaluation import evaluating, tokens_at_once
+from phase1_foundation.project3_pretrain.head import IGNORE
 from phase1_foundation.project3_pretrain.token_file import separator
 
 
@@ -50,7 +51,7 @@ def blimp(model, tokenizer, path, limit=None, dtype=None):
         contrast ("Whose hat should Tonya wear?" / "Whose should Tonya wear hat?") and are otherwise equally likely.
     INTUITION: no question is asked; whoever knows the grammar is less surprised by the good sentence.
     IMPLEMENTATION: log P(sentence), the sum over all its tokens, the first one predicted from the document's mark. A
-        pair counts when the good sentence's is strictly higher. Accuracy per paradigm, then the mean over paradigms.
+        pair counts if the good one's is strictly higher. Of a sentence beyond block_size only its end is judged.
     WHY: it works from the first thousand steps of a small model on, long before questions in words do.
 
     Args:
@@ -61,7 +62,7 @@ def blimp(model, tokenizer, path, limit=None, dtype=None):
         A `BlimpScore`.
 
     Raises:
-        ValueError: a record lacks a field.
+        ValueError: a record lacks a field, or there are none.
         FileNotFoundError: there are no such files.
     """
     groups = {}
@@ -69,6 +70,7 @@ def blimp(model, tokenizer, path, limit=None, dtype=None):
         group = groups.setdefault(record["UID"], [])
         if limit is None or len(group) < limit:
             group.append((record["sentence_good"], record["sentence_bad"]))
+    _refuse_empty(path, groups)
     pairs = [pair for group in groups.values() for pair in group]
     mark = separator(tokenizer)[-1:]
     rows = [(mark, tokenizer.encode(sentence)) for pair in pairs for sentence in pair]
@@ -99,7 +101,8 @@ def lambada(model, tokenizer, path, limit=None, dtype=None):
         A `LambadaScore`.
 
     Raises:
-        ValueError: a record lacks its text, or the text has a single word.
+        ValueError: a record lacks its text, the text has a single word, a last word does not fit into block_size (its
+            end alone would be judged), or there are no records.
         FileNotFoundError: there are no such files.
     """
     mark, rows = separator(tokenizer)[-1:], []
@@ -108,8 +111,14 @@ def lambada(model, tokenizer, path, limit=None, dtype=None):
         if not context:
             raise ValueError(f"{path}: the passage {record['text']!r} has no word before its last one")
         rows.append(([*mark, *tokenizer.encode(context)], tokenizer.encode(space + word)))
+        if len(rows[-1][1]) > model.config.block_size:
+            raise ValueError(
+                f"{path}: the last word {word!r} is {len(rows[-1][1])} tokens, more than the model's "
+                f"block_size={model.config.block_size} holds: this model cannot take the test"
+            )
         if limit is not None and len(rows) >= limit:
             break
+    _refuse_empty(path, rows)
     results = continuations(model, rows, dtype)
     mean = sum(nats for nats, _ in results) / len(results)
     accuracy = sum(greedy for _, greedy in results) / len(results)
@@ -188,6 +197,12 @@ def read_records(path, fields):
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield _record(line, fields, file, number)
+
+
+def _refuse_empty(path, found):
+    """Raise unless there were records."""
+    if not found:
+        raise ValueError(f"{path} holds no records: get it again, or name another file")
 
 
 def _record(line, fields, file, number):
