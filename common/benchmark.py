@@ -21,6 +21,7 @@ import torch
 from common import RESULTS, ROOT
 from common.checkpoint import atomic_write
 from common.device import device_name, device_slug, pick_device, synchronize
+from common.progress import clock
 
 START, END = "<!-- results:start -->", "<!-- results:end -->"
 
@@ -74,12 +75,18 @@ class Report:
         title: one line above the table.
         device: where it ran; by default the best device present.
         folder: where results go; by default ``results/``.
+        keep: rows, checks and curves of the standing file that this run does not measure stay, with their date.
+
+    Each row is printed as soon as it is measured and kept in a hidden ``.partial`` file until `finish`, so that a long
+    benchmark that is cut short has not been in vain.
     """
 
-    def __init__(self, project, title, device=None, folder=None):
+    def __init__(self, project, title, device=None, folder=None, keep=False):
         self.project, self.title, self.device = project, title, device or pick_device()
-        self.folder, self.slug = Path(folder or RESULTS), device_slug(self.device)
-        self.rows, self.checks, self.curves = [], [], {}
+        self.folder, self.slug, self.keep = Path(folder or RESULTS), device_slug(self.device), keep
+        self.path = self.folder / f"{project}.{self.slug}.json"
+        self.partial = self.path.with_name(f".{self.path.name}.partial")
+        self.rows, self.checks, self.curves, self.began = [], [], {}, time.perf_counter()
 
     def row(
         self,
@@ -105,27 +112,34 @@ class Report:
             spread: (low, high) of our figure over the repeats.
             higher_is_better: how the ratios read: above 1 is always in our favour.
         """
-        self.rows.append({
+        self._add(self.rows, {
             "name": name, "claim": claim, "ours": ours, "unit": unit, "spread": spread and list(spread), "peer": peer,
             "peer_name": peer_name, "limit": limit, "limit_name": limit_name,
             "vs_peer": _ratio(ours, peer, higher_is_better), "of_limit": _ratio(ours, limit, higher_is_better),
-            "note": note,
+            "note": note, "date": datetime.date.today().isoformat(),
         })  # fmt: skip
 
     def skip(self, name, why):
         """Add a row that could not be measured here, with the reason."""
-        self.rows.append({"name": name, "skipped": why})
+        self._add(self.rows, {"name": name, "skipped": why})
 
     def check(self, name, ok, detail=""):
         """Record a correctness check of the same run; one that failed makes `finish` exit with status 1."""
-        self.checks.append({"name": name, "ok": bool(ok), "detail": detail})
+        self._add(self.checks, {"name": name, "ok": bool(ok), "detail": detail})
 
     def series(self, name, xs, ys):
         """Keep a curve with the result."""
         self.curves[name] = {"x": list(xs), "y": list(ys)}
 
-    def finish(self):
-        """Print the table, write the results file, refresh the README; exit 1 if a check failed."""
+    def _add(self, entries, entry):
+        """Keep a row or a check, say it, and save what there is so far."""
+        entries.append(entry)
+        said = entry["detail"] if "ok" in entry else " | ".join(cell for cell in _cells(entry)[1:] if cell not in "—")
+        print(f"[{clock(time.perf_counter() - self.began)}] {entry['name']}: {said}".replace("**", ""), flush=True)
+        atomic_write(self.partial, _as_json(self._result()))
+
+    def _result(self):
+        """The contents of the results file."""
         result = {
             "project": self.project,
             "title": self.title,
@@ -136,17 +150,46 @@ class Report:
             "checks": self.checks,
             "series": self.curves,
         }
+        if self.keep and self.path.exists():
+            old = json.loads(self.path.read_text(encoding="utf-8"))
+            result["rows"] = _renewed(old["rows"], self.rows, old["date"])
+            result["checks"] = _renewed(old["checks"], self.checks)
+            result["series"] = old["series"] | self.curves
+        return result
+
+    def finish(self):
+        """Print the table, write the results file, refresh the README; exit 1 if a check failed."""
+        result = self._result()
         print(f"\n{self.title}: {result['device']}\n")
         print("\n".join(_table(result, plain=True)))
-        for check in self.checks:
+        for check in result["checks"]:
             print(f"{'ok  ' if check['ok'] else 'FAIL'}  {check['name']}  {check['detail']}".rstrip())
-        path = self.folder / f"{self.project}.{self.slug}.json"
-        atomic_write(path, json.dumps(result, indent=1, ensure_ascii=False, default=float) + "\n")
-        print(f"\nwrote {path}")
+        atomic_write(self.path, _as_json(result))
+        self.partial.unlink(missing_ok=True)
+        print(f"\nwrote {self.path}")
         if self.folder == RESULTS:
             refresh_readme(self.project)
         if not all(check["ok"] for check in self.checks):
             raise SystemExit(1)
+
+
+def _as_json(result):
+    """The text of a results file."""
+    return json.dumps(result, indent=1, ensure_ascii=False, default=float) + "\n"
+
+
+def _renewed(old, new, date=None):
+    """Old rows or checks, those of the same name replaced in place by new ones, and what is new behind them.
+
+    A row that was skipped this time does not replace a measured one; `date` is when the old ones were measured.
+    """
+    fresh = {entry["name"]: entry for entry in new}
+    entries = []
+    for entry in old:
+        renewed = fresh.pop(entry["name"], None)
+        stays = renewed is None or ("skipped" in renewed and "skipped" not in entry)
+        entries.append(({"date": date} if date else {}) | entry if stays else renewed)
+    return entries + list(fresh.values())
 
 
 def _ratio(ours, other, higher_is_better):
@@ -174,6 +217,12 @@ def _cells(row):
     return [row["name"], row["claim"] or "—", f"**{_number(row['ours'])}** {row['unit']}{spread}", peer, limit, *ratios]
 
 
+def _note(row, date):
+    """What a row has to say below the table: its note, and its date where that is not the table's."""
+    older = row.get("date", date) != date and "skipped" not in row
+    return "; ".join(part for part in (row.get("note"), f"measured on {row['date']}" if older else "") if part)
+
+
 def _table(result, plain=False):
     """The lines of the table: Markdown, or aligned for the terminal."""
     head = ["what", "paper's claim", "ours", "peer, same run", "limit", "vs peer", "of limit"]
@@ -184,7 +233,7 @@ def _table(result, plain=False):
         return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
     lines.insert(1, "|" + " --- |" * len(head))
-    notes = [f"- {row['name']}: {row['note']}" for row in result["rows"] if row.get("note")]
+    notes = [f"- {row['name']}: {note}" for row in result["rows"] if (note := _note(row, result.get("date")))]
     return lines + (["", *notes] if notes else [])
 
 

@@ -90,6 +90,37 @@ def test_a_failed_check_exits_with_1_and_is_kept(house, capsys):
     assert not result["checks"][0]["ok"]
 
 
+def test_what_was_measured_is_said_and_saved_before_the_end(house, capsys):
+    unfinished = report()
+    partial = house / "results" / ".project2_tokenizer.cpu.json.partial"
+    assert json.loads(partial.read_text(encoding="utf-8"))["rows"][0]["name"] == "encode"
+    assert "encode: 2x (table 3) | 24 MB/s (22–26) | 12 (tiktoken)" in capsys.readouterr().out
+    assert not (house / "results" / "project2_tokenizer.cpu.json").exists()
+    assert "encode" not in benchmark.results_page()
+    unfinished.finish()
+    assert not partial.exists()
+
+
+def test_a_part_measured_again_keeps_the_rest_with_its_date(house):
+    report().finish()
+    path = house / "results" / "project2_tokenizer.cpu.json"
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for entry in (before, *before["rows"]):
+        entry["date"] = "2020-01-02"
+    path.write_text(json.dumps(before), encoding="utf-8")
+    part = Report("project2_tokenizer", "Tokenizing | fast", device="cpu", keep=True)
+    part.skip("encode", "no time")
+    part.row("train", 5.0, "s")
+    part.row("decode", 1.0, "s")
+    part.finish()
+    rows = {row["name"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
+    assert list(rows) == ["encode", "train", "kernel", "decode"]
+    assert (rows["encode"]["ours"], rows["train"]["ours"], rows["train"]["peer"]) == (24.0, 5.0, None)
+    readme = (house / "phase1_foundation/project2_tokenizer/README.md").read_text(encoding="utf-8")
+    assert "- encode: one thread; measured on 2020-01-02" in readme
+    assert "- train: " not in readme
+
+
 def test_pages_show_the_checks_and_failed_ones_above_the_table(house):
     mixed = report()
     mixed.check("same ids as tiktoken", True, "10,000 texts")

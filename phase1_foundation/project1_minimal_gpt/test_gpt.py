@@ -408,6 +408,12 @@ def test_generate_converses_and_survives_unknown_characters(trained, capsys, mon
     assert "To be" in out and "the vocabulary has no 'Ü'" in out
 
 
+def test_ctrl_c_at_the_prompt_leaves_at_once(trained, monkeypatch, capsys):
+    monkeypatch.setattr("builtins.input", lambda prompt: signal.raise_signal(signal.SIGINT) or "went on")
+    generate.main(["--checkpoint", str(trained / "best.pt"), "--device", "cpu", "--interactive"])  # returns: status 0
+    assert capsys.readouterr().out.endswith("an empty line ends.\n\n")
+
+
 def test_user_errors_are_one_line(trained, tmp_path, capsys):
     best, last = str(trained / "best.pt"), trained / "last.pt"
     (tmp_path / "short.txt").write_text("short", encoding="utf-8")

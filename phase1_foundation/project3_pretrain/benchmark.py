@@ -63,14 +63,17 @@ LADDER = {
 def main(argv=None):
     """Run all parts that this device can run and write the results."""
     with Run(benchmark_config, argv, description=__doc__) as run:
-        report = Report("project3_pretrain", "Pre-training", run.device)
-        gpu = run.device.type == "cuda"
-        (measure_gpu if gpu else measure_cpu)(report, run.settings, run.device)
-        check_fused_loss(report, run.device)
-        if gpu:
+        s, gpu = run.settings, run.device.type == "cuda"
+        report = Report("project3_pretrain", "Pre-training", run.device, keep=len(s.PARTS) < 3)
+        if "speed" in s.PARTS:
+            (measure_gpu if gpu else measure_cpu)(report, s, run.device)
+        if "checks" in s.PARTS:
+            check_fused_loss(report, run.device)
+        if "checks" in s.PARTS and gpu:
             check_resume(report)
             check_ranks(report)
-        compare_recipes(report, run.settings)
+        if "recipes" in s.PARTS:
+            compare_recipes(report, s)
         report.finish()
 
 
@@ -301,7 +304,7 @@ NANOGPT_RECIPE = ["--model", "gpt2", "--optimizer", "adamw", "--learning_rate", 
 def compare_recipes(report, s):
     """The default recipe against AdamW with nanoGPT's settings: validation loss at equal tokens, both curves."""
     if not s.QUALITY_STEPS:
-        report.skip("recipe against nanoGPT's settings", "two whole training runs: ask with --quality_steps")
+        report.skip("recipe against nanoGPT's settings", "two whole training runs, made on demand: --quality_steps 360")
         return
     found = {}
     for name, flags in {"our recipe": [], "nanoGPT's settings": NANOGPT_RECIPE}.items():
