@@ -117,14 +117,14 @@ def download_text(path, *, dataset, subset=None, split="train", column="text", m
         subset: the dataset's configuration, such as ``wikitext-103-raw-v1``.
         column: the field that holds the text.
         max_bytes: stop when that much is written.
-        fallback: bundled file to write instead when the hub cannot be reached.
+        fallback: bundled file to write instead when the hub cannot be reached; it replaces nothing but an earlier one.
         no_fallback: exit with status 1 then, and write nothing.
         reader: turns the iterator of rows into an iterator of documents (strings, or dicts for ``.jsonl``); by
             default each row's `column`.
 
     Returns:
         ``"hub"``: it is all there; ``"resumed"``: so it is, and an earlier download was continued;
-        ``"fallback"``: the bundled sample was written.
+        ``"fallback"``: the bundled sample was written; ``"kept"``: nothing was, the file that stands there is better.
 
     Raises:
         ValueError: the dataset has no such column.
@@ -148,6 +148,9 @@ def download_text(path, *, dataset, subset=None, split="train", column="text", m
             print(f"{download.bytes / 1e6:.1f} MB are kept; the same command continues there later.", file=sys.stderr)
         if no_fallback or fallback is None:
             raise SystemExit(1) from None
+        if path.is_file() and not (note and note.get("origin") == "fallback" and note.get("bytes") == _size(path)):
+            print(f"Kept {path} as it is ({_size(path) / 1e6:.1f} MB): the bundled sample replaces no other text")
+            return "kept"
         _write_fallback(path, fallback, max_bytes, request)
         return "fallback"
     print(f"Wrote {download.bytes / 1e6:.1f} MB ({download.documents:,} documents of {dataset}) to {path}")

@@ -148,6 +148,10 @@ def load(config, argv=None, sections=None, description=None):
     given = vars(parser.parse_args(argv))
     values = {name: given.get(name, copy.deepcopy(constant.default)) for name, constant in constants.items()}
     for name in given.keys() & constants.keys():
+        if isinstance(values[name], list) and None in values[name]:
+            if len(values[name]) > 1:
+                parser.error(f"argument --{name.lower()}: none stands for the whole list, so give it alone")
+            values[name] = None
         if isinstance(constants[name].default, tuple) and isinstance(values[name], list):
             values[name] = tuple(values[name])
     settings = Settings(values, given.keys() & constants.keys(), constants)

@@ -165,6 +165,31 @@ def test_offline_writes_the_sample_and_says_so(offline, tmp_path, capsys):
     assert stopped.value.code == 1 and not (tmp_path / "no.txt").exists()
 
 
+def test_the_sample_replaces_an_earlier_sample_and_nothing_else(hub, monkeypatch, tmp_path, capsys):
+    path, bundled = tmp_path / "corpus.txt", tmp_path / "bundled.txt"
+    bundled.write_text("one\ntwo\n")
+    request = {"dataset": "owner/name", "fallback": bundled}
+    assert download_text(path, **request, max_bytes=500) == "hub"
+    from_the_hub = path.read_bytes()
+
+    def no_network(dataset):
+        raise download.HubError("no network")
+
+    monkeypatch.setattr(download, "_probe", no_network)
+    assert download_text(path, **request, max_bytes=900) == "kept" and path.read_bytes() == from_the_hub
+    assert f"Kept {path} as it is" in capsys.readouterr().out
+    path.unlink()
+    (tmp_path / "corpus.txt.json").unlink()
+    path.write_text("the user's own\n")
+    assert download_text(path, **request, max_bytes=900) == "kept" and path.read_text() == "the user's own\n"
+    path.unlink()
+    assert download_text(path, **request, max_bytes=900) == "fallback" and path.read_text() == "one\ntwo\n"
+    bundled.write_text("one\ntwo\nthree\n")
+    assert download_text(path, **request, max_bytes=900) == "fallback" and path.read_text() == "one\ntwo\nthree\n"
+    path.write_text("the user's own, in place of the sample\n")
+    assert download_text(path, **request, max_bytes=900) == "kept" and "own" in path.read_text()
+
+
 def test_hub_offline_variable_is_respected(monkeypatch):
     constants = pytest.importorskip("huggingface_hub").constants
     pytest.importorskip("datasets")

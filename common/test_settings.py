@@ -34,6 +34,7 @@ NAMES: list[str] = [
     # nothing yet
 ]  # transforms by name
 ROPE: dict | None = None  # scaling of the positions
+KEPT: list[int] | None = [0]  # layers that are kept; none: all
 # == System ==
 SEED = 1337  # of all randomness
 OUT = Path("a") / "b"  # where to
@@ -92,6 +93,9 @@ def test_defaults_come_from_the_module(config):
         (["--betas", "0.8", "0.99"], "BETAS", (0.8, 0.99)),
         (["--layers", "3", "4", "5"], "LAYERS", [3, 4, 5]),
         (["--layers"], "LAYERS", []),
+        (["--kept", "none"], "KEPT", None),
+        (["--kept", "1", "2"], "KEPT", [1, 2]),
+        (["--kept"], "KEPT", []),
         (["--names", "flash", "int4:group_size=64"], "NAMES", ["flash", "int4:group_size=64"]),
         (["--rope", '{"factor": 2.0}'], "ROPE", {"factor": 2.0}),
         (["--out", "c/d"], "OUT", Path("c/d")),
@@ -115,6 +119,8 @@ def test_a_flag_overrides_with_the_type_of_the_constant(config, argv, name, valu
         (["--dropout", "lots"], "invalid float value: 'lots'"),
         (["--rope", "[1]"], "invalid dict value: '[1]'"),
         (["--rope", "{"], "invalid dict value"),
+        (["--kept", "1", "none"], "argument --kept: none stands for the whole list"),
+        (["--layers", "none"], "invalid int value: 'none'"),
         (["--n_emb", "96"], "unrecognized arguments: --n_emb"),  # no guessing from abbreviations
         (["--lower", "1"], "unrecognized arguments: --lower"),
         (["--root", "1"], "unrecognized arguments: --root"),

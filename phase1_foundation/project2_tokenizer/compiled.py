@@ -36,7 +36,7 @@ def compiled(function: Callable) -> Callable:
     INTUITION: Python decides at every step what `+` means; for loops over arrays of integers that is all it does.
     IMPLEMENTATION: numba; its cache looks only at the file a function is in, but ours call each other across files, so
         the cache is tied to the content of all of them: change one and everything is compiled anew. Processes that
-        start together take turns at a function's cache, which numba itself leaves to chance.
+        start together take turns at a function's cache, and a damaged one is thrown away; numba does neither.
     WHY: Half a minute of compilation is paid once a machine, and an edited loop is never shadowed by an old one.
     """
     dispatcher = njit(cache=True, nogil=True)(function)
@@ -64,4 +64,19 @@ def _take_turns(cache_file) -> None:
 
         return turn
 
-    cache_file.load, cache_file.save = locked(cache_file.load), locked(cache_file.save)
+    cache_file.load, cache_file.save = locked(_forgiving(cache_file)), locked(cache_file.save)
+
+
+def _forgiving(cache_file) -> Callable:
+    """The cache's `load`, which finds nothing where a file is damaged, so that the function is compiled again."""
+    load = cache_file.load
+
+    @functools.wraps(load)
+    def load_or_flush(*arguments):
+        try:
+            return load(*arguments)
+        except Exception:  # a damaged pickle can raise anything
+            cache_file.flush()
+            return None
+
+    return load_or_flush

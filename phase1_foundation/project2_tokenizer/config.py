@@ -23,7 +23,7 @@ MAX_BYTES: int | None = None  # stop reading after so many bytes of text; none: 
 TOKENIZER_PATH = os.path.join(_ROOT, "checkpoints", "project2", "tokenizer.pkl")  # where the tokenizer is written
 ENGINE = "fast"  # fast: compiled; reference: plain Python, for small texts
 NUM_THREADS: int | None = None  # threads that count words; none: one per processor, 8 at most
-MAX_UNIQUE_WORDS = 5_000_000  # distinct words kept while counting; beyond it the rarest are forgotten
+MAX_UNIQUE_WORDS = 5_000_000  # distinct words kept, and 16 bytes for each; beyond it the rarest are forgotten
 SEED = 0  # nothing here is random; scripts of the house have a seed all the same
 
 # == Download ==

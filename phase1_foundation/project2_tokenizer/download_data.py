@@ -3,8 +3,8 @@
 uv run python phase1_foundation/project2_tokenizer/download_data.py --size small
 uv run python phase1_foundation/project2_tokenizer/download_data.py --size medium --source wikitext
 
-Without a connection the bundled sample is written to the same path (not with --no_fallback). An interrupted download
-continues where it stopped.
+Without a connection the bundled sample is written to the same path (not with --no_fallback), unless other text stands
+there already. An interrupted download continues where it stopped.
 """
 
 from common import DATA

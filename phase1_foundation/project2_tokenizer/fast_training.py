@@ -12,11 +12,13 @@ together little more than the number of bytes in the word list.
 Each component is explained with paper references for educational purposes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
 
+from phase1_foundation.project2_tokenizer import word_counts
+from phase1_foundation.project2_tokenizer.bytes_alphabet import byte_order
 from phase1_foundation.project2_tokenizer.compiled import compiled
 from phase1_foundation.project2_tokenizer.pair_index import (
     COUNT,
@@ -36,8 +38,9 @@ from phase1_foundation.project2_tokenizer.pair_index import (
 )
 
 _BOUNDARY, _INSIDE = -1, -2  # symbols: between words; where an earlier token begins no more
-_FIRST_FLOOR = 32  # the first floor is the average share of a merge in all words, divided by this
+_FIRST_FLOOR = 160  # the first floor is the average share of a merge in all bytes, divided by this
 _LOWER = 8  # how far the floor falls when it is reached
+_MOST_BYTES = 2**31 - 2  # of all words: positions are int32
 
 
 class State(NamedTuple):
@@ -72,14 +75,26 @@ def _lay_out(data, starts, lengths, byte_ids, symbols, first_of, word_of):
     first_of[at] = at
 
 
-def lay_out(words: tuple[np.ndarray, ...], byte_ids: np.ndarray, n_merges: int) -> State:
-    """The state before the first merge, without an index; `words` as from `WordTable.words`."""
-    data, starts, lengths, counts = words
+def _fitting(lengths: np.ndarray, counts: np.ndarray, max_bytes: int) -> np.ndarray:
+    """Which words to keep: those with a pair, without the rarest (and of equally rare ones the longest) of too many."""
     kept = lengths > 1  # a word of one byte has no pair
+    sizes = np.where(kept, lengths + 1, 0)  # with a boundary
+    if sizes.sum() > max_bytes:
+        order = np.lexsort((lengths, -counts))  # the most frequent first, then the shortest
+        kept[order[np.cumsum(sizes[order]) > max_bytes]] = False
+    return kept
+
+
+def lay_out(words: tuple[np.ndarray, ...], byte_ids: np.ndarray, n_merges: int, max_bytes: int = _MOST_BYTES) -> State:
+    """The state before the first merge, without an index; `words` as from `WordTable.words`.
+
+    Words of more than `max_bytes` are too many for the memory: the rarest are left out.
+    """
+    data, starts, lengths, counts = words
+    kept = _fitting(lengths, counts, max_bytes)
     starts, lengths = starts[kept], lengths[kept]
+    n_merges = min(n_merges, int((lengths - 1).sum()))  # each takes at least one symbol away
     total = int(lengths.sum()) + len(lengths) + 1
-    if total >= 2**31:
-        raise ValueError(f"the distinct words hold {total:,} bytes, and 2,147,483,648 is the limit: train on less text")
     symbols, first_of, word_of = (np.empty(total, dtype=np.int32) for _ in range(3))
     _lay_out(data, starts, lengths, byte_ids, symbols, first_of, word_of)
     sizes, merges = np.ones(256 + n_merges, dtype=np.int32), np.empty((n_merges, 2), dtype=np.int32)
@@ -131,43 +146,44 @@ def _replace(state, key, new, gains, losses, neighbours, places):
 
 
 @compiled
-def _enter(state, floor, key, new, side, n, gains, losses, neighbours, places, first_free):
+def _enter(state, floor, key, new, side, n, gains, losses, neighbours, places, numbers, next_place):
     """
     Lower the old and enter the new pairs on one side of the merge; all but `state` is for that side alone.
 
-    `first_free` (vocabulary,) holds zeros before and after; in between, 1 + where a neighbour's next position goes.
+    `numbers` (vocabulary,): how often each neighbour occurs; zeros before and after, as in `gains` and `losses`.
+    `next_place` (vocabulary,): where a neighbour's next position goes; -1 for a pair too rare to be followed.
     """
     pairs, heap, positions, fill = state.pairs, state.heap, state.positions, state.fill
     for k in range(n):
-        first_free[neighbours[k]] += 1
-    for k in range(n):  # each distinct neighbour once
+        numbers[neighbours[k]] += 1
+    for k in range(n):
         z = np.int64(neighbours[k])
+        if numbers[z] == 0:
+            continue  # each distinct neighbour once
         if losses[z] > 0:
             old = pair_key(z, key >> 32) if side == 0 else pair_key(key & 0xFFFFFFFF, z)
             at = slot_of(pairs, old)
             if old != key and pairs[at, KEY] != -1:
                 pairs[at, COUNT] -= losses[z]
+        next_place[z] = -1
         if gains[z] >= floor:
             made = pair_key(z, new) if side == 0 else pair_key(new, z)
             at = slot_of(pairs, made)
             pairs[at, KEY], pairs[at, COUNT] = made, gains[z]
-            pairs[at, FIRST], pairs[at, NUMBER] = fill[POSITIONS], first_free[z]
+            pairs[at, FIRST], pairs[at, NUMBER] = fill[POSITIONS], numbers[z]
             push(heap, fill[HEAP], gains[z], made)
             fill[PAIRS] += 1
             fill[HEAP] += 1
-            fill[POSITIONS] += first_free[z]
-            first_free[z] = -1 - pairs[at, FIRST]
-        elif first_free[z] > 0:
-            first_free[z] = 0  # too rare to be followed
+            next_place[z] = fill[POSITIONS]
+            fill[POSITIONS] += numbers[z]
         gains[z] = 0
         losses[z] = 0
+        numbers[z] = 0
     for k in range(n):  # hand the positions out, in order
         z = neighbours[k]
-        if first_free[z] < 0:
-            positions[-1 - first_free[z]] = places[k]
-            first_free[z] -= 1
-    for k in range(n):
-        first_free[neighbours[k]] = 0
+        if next_place[z] >= 0:
+            positions[next_place[z]] = places[k]
+            next_place[z] += 1
 
 
 @compiled
@@ -220,7 +236,7 @@ def train_steps(state, steps, floor):
     """
     size = state.sizes.size
     gains, losses = np.zeros((2, size), dtype=np.int64), np.zeros((2, size), dtype=np.int64)
-    first_free = np.zeros(size, dtype=np.int64)
+    numbers, next_place = np.zeros(size, dtype=np.int64), np.empty(size, dtype=np.int64)
     fill = state.fill
     for _ in range(steps):
         key = best_pair(state.pairs, state.heap, fill, floor)
@@ -238,7 +254,7 @@ def train_steps(state, steps, floor):
         for side in range(2):
             n, near = counts[side], neighbours[side]
             state = _with_room(state, _most_pairs(gains[side], near, n, floor), n)
-            _enter(state, floor, key, new, side, n, gains[side], losses[side], near, places[side], first_free)
+            _enter(state, floor, key, new, side, n, gains[side], losses[side], near, places[side], numbers, next_place)
     return state, True
 
 
@@ -251,8 +267,9 @@ def learn_merges(
     Fewer where the words are used up: a pair must occur at least `min_frequency` times.
     `progress(done, total)` is called every thousand merges.
     """
-    min_frequency = max(1, min_frequency)
-    floor = max(min_frequency, int(state.frequency.sum()) // max(1, _FIRST_FLOOR * n_merges))
+    min_frequency, n_merges = max(1, min_frequency), min(n_merges, len(state.merges))
+    lengths = np.diff(np.flatnonzero(state.symbols == _BOUNDARY)) - 1
+    floor = max(min_frequency, int((state.frequency * lengths).sum()) // max(1, _FIRST_FLOOR * n_merges))
     more = False
     if progress:
         progress(0, n_merges)
@@ -266,3 +283,19 @@ def learn_merges(
         if not more:
             floor = max(min_frequency, floor // _LOWER) if floor > min_frequency else 0
     return [tuple(pair) for pair in state.merges[: state.fill[MERGES]].tolist()]
+
+
+def train_merges(
+    texts: Iterable[str], pattern: str, n_merges: int, min_frequency: int, num_threads: int | None,
+    max_unique_words: int | None, progress: Callable[[str, int, int], None] | None,
+) -> list[tuple[int, int]]:  # fmt: skip
+    """From texts to merges: count words on all processors, then learn (arguments as in `BPETokenizer.train`)."""
+    max_unique_words = max_unique_words or word_counts.MAX_UNIQUE_WORDS
+    counting = progress and (lambda done: progress("count", done, 0))
+    words = word_counts.count_words(texts, pattern, num_threads, max_unique_words, counting).words()
+    byte_ids = np.argsort(np.array(byte_order())).astype(np.int32)
+    max_bytes = min(word_counts.BYTES_PER_WORD * max_unique_words, _MOST_BYTES)
+    state = lay_out(words, byte_ids, n_merges, max_bytes)
+    del words
+    merging = progress and (lambda done, total: progress("merge", done, total))
+    return learn_merges(state, n_merges, min_frequency, merging)

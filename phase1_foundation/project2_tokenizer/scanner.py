@@ -96,7 +96,21 @@ def _add_contractions(automaton: Automaton, any_case: bool, action: int) -> None
 
 
 def _gpt2(single_digits: bool) -> Automaton:
-    r"""`'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`."""
+    r"""
+    `'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`.
+
+    "a  ok", with two spaces; the bars are the cuts so far:
+
+    state          next    action    new state
+    start          a                 letters         a
+    letters        space   cut       space           a|_
+    space          space             blanks, space   a|__
+    blanks, space  o       cut back  letters         a|_|_o      the last space belongs to the word
+    letters        k                 letters         a|_|_ok
+    letters        END     cut                       a|_|_ok|
+
+    "blanks, other" is the same where the last blank is no space and cannot lead a word: it becomes a piece of its own.
+    """
     a = Automaton(
         {
             "letters": WORD_LETTERS,
@@ -127,7 +141,18 @@ def _gpt2(single_digits: bool) -> Automaton:
 
 
 def _gpt4(max_digits: int) -> Automaton:
-    r"""`(?i:'s|...)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+`."""
+    r"""
+    `(?i:'s|...)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+`.
+
+    "\n \nx": whether the first line end ends a piece is known two characters later (`\s*[\r\n]+` takes all it can):
+
+    state            next    action   new state
+    start            \n               lines            \n
+    lines            space   cut      line end, space  \n|_       perhaps
+    line end, space  \n      undo     lines            \n_\n      no: there is another line end
+    lines            x       cut      letters          \n_\n|x
+    letters          END     cut                       \n_\n|x|
+    """
     a = Automaton(
         {
             "letters": WORD_LETTERS,

@@ -5,6 +5,7 @@ uv run python phase1_foundation/project2_tokenizer/test_fast_paths.py
 
 import functools
 import json
+import os
 import random
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from common import DATA, ROOT
-from phase1_foundation.project2_tokenizer import patterns, reference, word_counts
+from phase1_foundation.project2_tokenizer import fast_training, patterns, reference, word_counts
 from phase1_foundation.project2_tokenizer.bytes_alphabet import BYTE_TO_CHAR, byte_order, encode_utf8, from_printable
 from phase1_foundation.project2_tokenizer.fast_encoding import SHORT
 from phase1_foundation.project2_tokenizer.patterns import PATTERNS, split
@@ -129,6 +130,34 @@ def test_beyond_the_bound_the_rarest_words_are_forgotten():
     assert table.table.nbytes <= 4 * 40 * 4000
     top = [word for word, count in exact.most_common() if count > 200]
     assert len(top) >= 100 and all(abs(bounded.get(word, 0) - exact[word]) < 0.1 * exact[word] for word in top)
+
+
+def test_beyond_the_bound_in_bytes_long_words_that_are_rare_are_forgotten():
+    rng = random.Random(0)
+
+    def long_word():
+        return "".join(rng.choices("abcdefghij", k=1000))
+
+    frequent = [long_word() for _ in range(5)]
+    texts = [f"{rng.choice(frequent)} short {long_word()} {long_word()}" for _ in range(600)]  # 1.8 MB
+    table = word_counts.count_words(texts, patterns.GPT2, 2, max_unique_words=8000)
+    exact, bounded = reference.count_words(texts, patterns.GPT2), table.as_dict()
+    assert table.arena.nbytes < 3 * 16 * 8000 and table.dropped > 1000 and len(exact) > 1200  # 16 bytes a word
+    assert sum(map(len, bounded)) < 2 * 16 * 8000
+    assert bounded[b" short"] == 600  # no short word is forgotten for the sake of a long one
+    assert sum(bounded[word.encode()] for word in frequent) == sum(exact[word.encode()] for word in frequent) == 600
+
+
+def test_words_beyond_the_bound_in_bytes_are_left_out_of_training():
+    words = {b"ab" * 20: 9, b"cd" * 400: 3, b"ef" * 20: 1, b"gh" * 400: 1, b"x": 10**6}
+    data, lengths = np.frombuffer(b"".join(words), np.uint8), np.array([len(word) for word in words])
+    arguments = data, np.cumsum([0, *lengths[:-1]]), lengths, np.array(list(words.values()))
+    byte_ids = np.arange(256, dtype=np.int32)
+    for max_bytes, kept in ((10**6, [9, 3, 1, 1]), (1000, [9, 3, 1]), (880, [9, 3]), (100, [9]), (10, [])):
+        state = fast_training.lay_out(arguments, byte_ids, 50, max_bytes)
+        assert state.frequency.tolist() == kept and state.symbols.size <= max_bytes + 1
+    assert len(fast_training.lay_out(arguments, byte_ids, 10**9, 100).merges) == 39  # no more merges than symbols
+    assert len(fast_training.learn_merges(fast_training.lay_out(arguments, byte_ids, 10**9, 100), 10**9)) == 6
 
 
 # --- training ---
@@ -255,9 +284,32 @@ def test_a_merge_of_an_untrained_order_is_followed_to_the_letter():
     assert tokenizer.pieces("abcd") == ["abc", "d"] and from_printable("abc") == b"abc"
 
 
+# --- the cache on disk ---
+
+USE_A_LOOP = """
+import numpy as np
+from phase1_foundation.project2_tokenizer import pair_index
+print(pair_index.empty_pairs(16).shape, sum(pair_index.empty_pairs.stats.cache_misses.values()))
+"""
+
+
+def test_a_damaged_cache_is_compiled_anew(tmp_path):
+    def run():
+        environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+        command = [sys.executable, "-c", USE_A_LOOP]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, env=environment).stdout
+
+    assert run() == "(16, 4) 1\n"  # compiled
+    for pattern, damage in (("*.nbc", lambda data: data[: len(data) // 2]), ("*.nbi", lambda data: data[:-5])):
+        for path in tmp_path.rglob(pattern):
+            path.write_bytes(damage(path.read_bytes()))
+        assert run() == "(16, 4) 1\n"  # compiled again
+    assert run() == "(16, 4) 0\n"  # loaded
+
+
 # --- memory ---
 
-COUNT_RANDOM_WORDS = """
+TRAIN_ON_RANDOM_WORDS = """
 import random, re
 from phase1_foundation.project2_tokenizer.tokenizer import BPETokenizer
 BPETokenizer.train(["compile first"], 300)
@@ -266,7 +318,7 @@ before = peak()
 rng = random.Random(0)
 def texts():
     for _ in range({documents}):
-        yield " ".join(map(str, (rng.getrandbits(40) for _ in range(8000))))  # no word comes twice
+        yield " ".join("".join(rng.choices("abcdefghij", k={length})) for _ in range(100_000 // {length}))
 BPETokenizer.train(texts(), 1000, max_unique_words=200_000, num_threads=2)
 print(peak() - before)
 """
@@ -274,10 +326,11 @@ print(peak() - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_does_not_grow_with_the_text():
+@pytest.mark.parametrize("length", [12, 1000])
+def test_memory_does_not_grow_with_the_text(length):
     used = []
     for documents in (100, 800):  # 10 and 80 MB, each word new
-        code = COUNT_RANDOM_WORDS.format(documents=documents)
+        code = TRAIN_ON_RANDOM_WORDS.format(documents=documents, length=length)
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
         used.append(int(result.stdout) / 1024)
     assert used[1] < used[0] + 40 and used[1] < 400, used  # megabytes

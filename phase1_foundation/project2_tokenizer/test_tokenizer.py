@@ -11,6 +11,7 @@ import functools
 import gzip
 import pickle
 import random
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -111,8 +112,17 @@ def test_an_id_that_is_no_token_is_named():
 
 
 def test_only_str_is_encoded():
-    with pytest.raises(TypeError, match="text is a bytes"):
-        small().encode(b"bytes")
+    for allowed in ("none", "all"):
+        with pytest.raises(TypeError, match="text is a bytes"):
+            small().encode(b"bytes", allowed)
+    with pytest.raises(TypeError, match="text is a int"):
+        small().encode_batch(["a", 5])
+    with pytest.raises(TypeError, match="texts is one str"):
+        small().encode_batch("abc")
+    with pytest.raises(ValueError, match="num_threads=-1 must be at least 1"):
+        small().encode_batch(["abc"], num_threads=-1)
+    with pytest.raises(ValueError, match="num_threads=-1 must be at least 1"):
+        BPETokenizer.train(["abc"], 300, num_threads=-1)
 
 
 # --- GPT-2's files give tiktoken's ids ---
@@ -199,6 +209,7 @@ def test_special_tokens_are_plain_text_unless_allowed():
     for allowed in ("none", "all", set(), {"<|pad|>"}):
         assert tokenizer.decode(tokenizer.encode(text, allowed)) == text
         assert tokenizer.encode(text, allowed, engine="reference") == tokenizer.encode(text, allowed)
+    assert tokenizer.encode(text, None) == tokenizer.encode(text)
     with pytest.raises(ValueError, match=r"allowed_special=.*nothing_such"):
         tokenizer.encode(text, {"nothing_such"})
     with pytest.raises(ValueError, match="allowed_special='some'"):
@@ -234,6 +245,7 @@ def test_a_small_text_gives_a_small_vocabulary():
     assert tokenizer.merges == [("a", "b")] and tokenizer.vocab_size == 258
     assert BPETokenizer.train([], 300).merges == [] == BPETokenizer.train(["", "a"], 300).merges
     assert BPETokenizer.train("one text, not its letters", 300).merges
+    assert len(BPETokenizer.train(["abc abc"] * 3, 1_000_000_000).merges) == 3  # takes memory for three, too
 
 
 @pytest.mark.parametrize("size", [256, -5, 0])
@@ -311,14 +323,25 @@ def test_copies_and_pickles_are_equal():
 
 
 def test_the_fingerprint_sees_everything_that_changes_ids():
-    fields = small().to_dict()
+    fields = small("merges").to_dict()
     others = [
-        fields | {"rule": "merges"}, fields | {"pattern": "gpt4"}, fields | {"normalization": "NFC"},
+        fields | {"rule": "longest_match"}, fields | {"pattern": "gpt4"}, fields | {"normalization": "NFC"},
         fields | {"merges": fields["merges"][:-1]}, fields | {"whole_pieces": 1},
+        fields | {"always_matched": ["<|pad|>"]}, fields | {"matched_late": ["<|pad|>"]},
     ]  # fmt: skip
     prints = {BPETokenizer.from_dict(f).fingerprint for f in [fields, *others]}
-    assert len(prints) == 6 and small() != "something else"
-    assert small().with_rule("merges").fingerprint == BPETokenizer.from_dict(others[0]).fingerprint
+    assert len(prints) == 8 and small() != "something else"
+    assert small("merges").with_rule("longest_match").fingerprint == BPETokenizer.from_dict(others[0]).fingerprint
+    assert BPETokenizer.from_dict(others[0] | {"merges": []}) == BPETokenizer.from_dict(others[0])  # it asks for none
+    assert BPETokenizer.from_dict(fields | {"other_entries": "{}"}) == small("merges")
+
+
+def test_merges_that_are_not_known_are_not_made_up():
+    without = BPETokenizer.from_dict(small().to_dict() | {"merges": []})
+    with pytest.raises(ValueError, match="rule='merges' needs merges, and this tokenizer has none"):
+        without.with_rule("merges")
+    assert without.with_rule("longest_match") == without
+    assert BPETokenizer.train([], 257).with_rule("merges").encode("a") == [64]  # bytes alone need none
 
 
 def test_importing_the_tokenizer_is_quick():
@@ -333,6 +356,35 @@ def test_importing_the_tokenizer_is_quick():
 # --- as a script ---
 
 
+def answers(monkeypatch, *lines):
+    """Types these lines, then presses Ctrl-C."""
+    left = list(lines)
+
+    def typed(question):
+        if left:
+            return left.pop(0)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("Ctrl-C did not interrupt input()")
+
+    monkeypatch.setattr("builtins.input", typed)
+
+
+def test_ctrl_c_leaves_the_dialogue_at_once(monkeypatch, capsys, tmp_path):
+    small().save(tmp_path / "t.pkl")
+    answers(monkeypatch, "a \x1b[31mred\x07 word")
+    before = signal.getsignal(signal.SIGINT)
+    main(["--interactive", "--tokenizer_path", str(tmp_path / "t.pkl")])  # returns: status 0
+    printed = capsys.readouterr().out
+    assert printed.endswith("\n") and "bytes per token" in printed and signal.getsignal(signal.SIGINT) is before
+    assert "\x1b" not in printed and "\x07" not in printed and r"\x1b" in printed  # shown, not obeyed
+
+
+def test_a_tokenizer_that_was_asked_for_must_exist(capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        main(["--interactive", "--tokenizer_path", str(tmp_path / "none.pkl")])
+    assert stop.value.code == 2 and "none.pkl" in capsys.readouterr().err
+
+
 def colour(tokenizer, text):
     """The tokens of a text on coloured grounds, and a table of ids and bytes."""
     from rich.console import Console
@@ -345,6 +397,7 @@ def colour(tokenizer, text):
     for k, i in enumerate(ids):
         data = tokenizer.decode_bytes([i])
         part = data.decode("utf-8", "backslashreplace")  # part of a character: its bytes
+        part = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in part)  # no escape acts
         shown = Text(part, style=f"white on {grounds[k % len(grounds)]}")
         line.append_text(shown)
         table.add_row(shown, str(i), str(len(data)), data.hex(" "))
@@ -357,16 +410,23 @@ def colour(tokenizer, text):
 def interactive(run):
     """Ask for text until an empty line, and show its tokens."""
     path = Path(run.settings.TOKENIZER_PATH)
-    tokenizer = BPETokenizer.load(path) if path.is_file() else gpt2()
-    run.print(f"{path if path.is_file() else 'GPT-2 (train_tokenizer.py makes one of your own)'}: {tokenizer!r}")
-    while True:
-        try:
-            text = input("text> ")
-        except (EOFError, KeyboardInterrupt):
-            break
-        if not text:
-            break
+    own = path.is_file() or "TOKENIZER_PATH" in run.settings.overrides  # what was asked for, or an error
+    tokenizer = BPETokenizer.load(path) if own else gpt2()
+    run.print(f"{path if own else 'GPT-2 (train_tokenizer.py makes one of your own)'}: {tokenizer!r}")
+    while text := ask("text> "):
         colour(tokenizer, text)
+
+
+def ask(question):
+    """A line from the keyboard; an empty one for Ctrl-D and Ctrl-C, which `Run` would only take for a request."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return input(question)
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return ""
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def examples():

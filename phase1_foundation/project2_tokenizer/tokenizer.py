@@ -12,10 +12,11 @@ holds a vocabulary and its rule, and moves it in and out of files (`file_formats
 Each component is explained with paper references for educational purposes.
 """
 
+import contextlib
 import hashlib
 import json
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from phase1_foundation.project2_tokenizer.bytes_alphabet import (
 from phase1_foundation.project2_tokenizer.patterns import resolve_pattern, split
 
 RULES = ("longest_match", "merges")
+MAX_ID = 2**31 - 1  # ids are int32 in arrays
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")  # ours and GPT-2's, Llama 3's
 
 
@@ -65,8 +67,15 @@ class BPETokenizer:
         rule: str = "longest_match",
         normalization: str = "",
         whole_pieces: bool = False,
+        always_matched: Iterable[str] = (),
+        matched_late: Iterable[str] = (),
+        other_entries: str = "",
     ):
-        """`normalization` "NFC" and `whole_pieces` (a piece that is a token is not merged) come with imported files."""
+        """
+        What comes with imported files alone: `normalization` "NFC"; `whole_pieces`: a piece that is a token is not
+        merged; `always_matched`: names of special tokens that need not be allowed (`<think>`); `matched_late`: those
+        looked for after normalising; `other_entries`: what `to_huggingface` writes back (`file_formats.py`).
+        """
         if rule not in RULES:
             raise ValueError(f"rule={rule!r} is unknown: use one of {', '.join(RULES)}")
         if normalization not in ("", "NFC", "NFD", "NFKC", "NFKD"):
@@ -76,15 +85,20 @@ class BPETokenizer:
         self.merges = [(left, right) for left, right in merges]
         self.pattern, self.rule = resolve_pattern(pattern), rule
         self.normalization, self.whole_pieces = normalization, bool(whole_pieces)
+        self.always_matched, self.matched_late = frozenset(always_matched), frozenset(matched_late)
+        self.other_entries = other_entries
         self._check()
 
     def _check(self) -> None:
         """Refuse what could not encode every text, or not decode what it encoded."""
         ids = list(self.vocab.values())
-        if not all(type(i) is int and i >= 0 for i in ids) or len(set(ids)) != len(ids):
-            raise ValueError(
-                "vocab must give each token an id of its own, an int from 0 up: two tokens share one, or more"
-            )
+        wrong = next((i for i in ids if type(i) is not int or not 0 <= i <= MAX_ID), None)
+        if wrong is not None:
+            raise ValueError(f"vocab holds the id {wrong!r}: ids are ints from 0 up to {MAX_ID:,}")
+        if len(set(ids)) != len(ids):
+            raise ValueError("vocab must give each token an id of its own: two tokens share one, or more")
+        if unknown := (self.always_matched | self.matched_late) - self.special_tokens.keys():
+            raise ValueError(f"always_matched or matched_late holds {min(unknown)!r}, which is no special token")
         if "" in self.special_tokens:
             raise ValueError('special_tokens holds "": a special token needs at least one character')
         regular = {token: i for token, i in self.vocab.items() if token not in self.special_tokens}
@@ -124,13 +138,14 @@ class BPETokenizer:
         PAPER CONTEXT: The most frequent pair of symbols is merged, until the vocabulary is as large as wanted.
         INTUITION: Compression: the words that cost most get the shortest code.
         IMPLEMENTATION: 256 bytes, then merges, then `special_tokens`, in this order of ids. Ties: the smallest pair of
-            ids. `engine="reference"` runs the plain algorithm. More than `max_unique_words` distinct pieces: the rarest
-            are forgotten. `progress(stage, done, total)` is called with "count" (bytes) and "merge" (merges).
+            ids. `engine="reference"` runs the plain algorithm. Beyond `max_unique_words` distinct pieces, or 16 bytes
+            for each, the rarest are forgotten. `progress(stage, done, total)`: of "count" (bytes), of "merge" (merges).
         WHY: `vocab_size` is an upper bound: a small corpus has no more pairs that occur `min_frequency` times.
 
         Raises:
             ValueError: vocab_size has no room for 256 bytes and the special tokens.
         """
+        _check_threads(num_threads)
         specials = list(dict.fromkeys([special_tokens] if isinstance(special_tokens, str) else special_tokens))
         n_merges = vocab_size - len(specials) - 256
         if n_merges < 0:
@@ -142,7 +157,9 @@ class BPETokenizer:
         if engine == "reference":
             merges = reference.learn_merges(reference.count_words(texts, pattern), n_merges, min_frequency)
         elif engine == "fast":
-            merges = _train_fast(texts, pattern, n_merges, min_frequency, num_threads, max_unique_words, progress)
+            from phase1_foundation.project2_tokenizer.fast_training import train_merges
+
+            merges = train_merges(texts, pattern, n_merges, min_frequency, num_threads, max_unique_words, progress)
         else:
             raise ValueError(f'engine={engine!r} is unknown: use "fast" or "reference"')
         tokens = [to_printable(bytes([b])) for b in byte_order()]
@@ -175,8 +192,11 @@ class BPETokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of everything that decides which ids a text gets; data made with another tokenizer is recognised."""
-        parts = [sorted(self.vocab.items(), key=lambda item: item[1]), self.merges, sorted(self.special_tokens.items())]
+        merges = self.merges if self.rule == "merges" else []  # a longest match asks for none
+        parts = [sorted(self.vocab.items(), key=lambda item: item[1]), merges, sorted(self.special_tokens.items())]
         parts += [self.pattern, self.rule, self.normalization, self.whole_pieces]
+        if self.always_matched or self.matched_late:
+            parts += [sorted(self.always_matched), sorted(self.matched_late)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -192,45 +212,62 @@ class BPETokenizer:
         return f"BPETokenizer(vocab_size={self.vocab_size}, merges={len(self.merges)}, rule={self.rule!r})"
 
     def with_rule(self, rule: str) -> "BPETokenizer":
-        """The same vocabulary with the other encoding rule."""
+        """The same vocabulary with the other encoding rule; ValueError where the merges that it needs are not known."""
+        if rule == "merges" and not self.merges and any(len(token) > 1 for token in self.token_bytes.values()):
+            raise ValueError(
+                "rule='merges' needs merges, and this tokenizer has none (a tokenizer.json for longest match holds "
+                "none): read the file that it was saved to by `save`"
+            )
         return BPETokenizer.from_dict(self.to_dict() | {"rule": rule})
 
     # -- encoding
 
-    def encode(self, text: str, allowed_special: str | set[str] = "none", engine: str = "fast") -> list[int]:
+    def encode(self, text: str, allowed_special: str | set[str] | None = "none", engine: str = "fast") -> list[int]:
         """
-        The token ids of a text.
+        The token ids of a text, and nothing else: no token is added at the beginning or the end.
 
         Special tokens in the text are ordinary characters unless allowed: "all", or a set of their names. So a user's
-        message cannot forge the end of a conversation.
+        message cannot forge the end of a conversation. (Those in `always_matched` are tokens in any text.)
         """
-        if engine == "reference":
-            return self._encode_parts(text, allowed_special, self._encode_reference)
-        if engine != "fast":
+        if engine not in ("fast", "reference"):
             raise ValueError(f'engine={engine!r} is unknown: use "fast" or "reference"')
-        if isinstance(allowed_special, str) and allowed_special == "none":
-            return self._encode_fast(text)
-        return self._encode_parts(text, allowed_special, self._encode_fast)
+        encode = self._encode_fast if engine == "fast" else self._encode_reference
+        if isinstance(allowed_special, str) and allowed_special == "none" and not self.always_matched:
+            return encode(text)
+        out = []
+        for part in self._parts(text, self._matched(allowed_special)):
+            out += [part] if isinstance(part, int) else encode(part)
+        return out
 
     def encode_to_array(self, text: str) -> np.ndarray:
         """Like `encode` without special tokens, as an int32 array (no Python object per token)."""
+        if self.always_matched:
+            return self.encode_batch([text], num_threads=1)[0]
         return self._encoder.encode_texts([self._normalize(text)])[0].copy()
 
     def _encode_fast(self, text: str) -> list[int]:
         """Encode with the compiled loops of `fast_encoding.py`."""
         return self._encoder.as_list(self._encoder.encode_texts([self._normalize(text)])[0])
 
-    def encode_batch(self, texts: list[str], num_threads: int | None = None) -> list[np.ndarray]:
-        """One int32 array per text, without special tokens; texts are dealt to threads (default: all processors)."""
-        return self._encoder.encode_batch([self._normalize(text) for text in texts], num_threads)
+    def encode_batch(self, texts: Iterable[str], num_threads: int | None = None) -> list[np.ndarray]:
+        """One int32 array per text, as from `encode_to_array`; texts are dealt to threads (default: all processors)."""
+        if isinstance(texts, str):
+            raise TypeError("texts is one str: encode_batch takes a list of them, encode one")
+        _check_threads(num_threads)
+        if not self.always_matched:
+            return self._encoder.encode_batch([self._normalize(text) for text in texts], num_threads)
+        parts = [self._parts(text, self.always_matched) for text in texts]
+        between = [self._normalize(part) for text in parts for part in text if isinstance(part, str)]
+        encoded = iter(self._encoder.encode_batch(between, num_threads))
+        ids = ([np.array([p], np.int32) if isinstance(p, int) else next(encoded) for p in text] for text in parts)
+        return [np.concatenate(arrays) for arrays in ids]
 
     def pieces(self, text: str) -> list[str]:
         """The tokens of a text as readable strings (bytes that are no whole character show as U+FFFD)."""
         return [decode_utf8(self.token_bytes[i]) for i in self.encode(text)]
 
     def _normalize(self, text: str) -> str:
-        if not isinstance(text, str):
-            raise TypeError(f"text is a {type(text).__name__}: encode takes str (decode bytes first)")
+        _check_text(text)
         return unicodedata.normalize(self.normalization, text) if self.normalization else text
 
     @cached_property
@@ -263,25 +300,33 @@ class BPETokenizer:
             out += [ids[part] for part in parts]
         return out
 
-    def _encode_parts(
-        self, text: str, allowed_special: str | set[str], encode: Callable[[str], list[int]]
-    ) -> list[int]:
-        """Encode what lies between the allowed special tokens; the longest of several at one place wins."""
-        names = (
-            {"all": set(self.special_tokens), "none": set()}.get(allowed_special)
-            if isinstance(allowed_special, str)
-            else set(allowed_special)
-        )
-        if names is None or not names <= self.special_tokens.keys():
+    def _matched(self, allowed_special: str | set[str] | None) -> set[str]:
+        """The names of the special tokens to look for."""
+        names = allowed_special
+        if names is None or isinstance(names, str):
+            names = {"all": set(self.special_tokens), "none": set(), None: set()}.get(names)
+        if names is None or not set(names) <= self.special_tokens.keys():
             raise ValueError(
                 f'allowed_special={allowed_special!r}: use "all", "none" or a set of '
                 f"{', '.join(self.special_tokens) or 'nothing, there are none'}"
             )
+        return set(names) | self.always_matched
+
+    def _parts(self, text: str, names: set[str]) -> list[str | int]:
+        """The text in parts, in order: ids of these special tokens, and what lies between them."""
+        _check_text(text)
+        late = names & self.matched_late
+        parts = self._cut([text], names - late)
+        return self._cut([p if isinstance(p, int) else self._normalize(p) for p in parts], late) if late else parts
+
+    def _cut(self, parts: list[str | int], names: set[str]) -> list[str | int]:
+        """Replace special tokens in the texts among `parts`; the longest of several at one place wins."""
         if not names:
-            return encode(text)
-        out = []
-        for part in regex.split(_any_of(tuple(sorted(names, key=len, reverse=True))), text):
-            out += [self.special_tokens[part]] if part in names else encode(part)
+            return parts
+        expression, out = _any_of(tuple(sorted(names, key=lambda name: (-len(name), name)))), []
+        for part in parts:
+            pieces = [part] if isinstance(part, int) else expression.split(part)  # text, name, text, name, text
+            out += [self.special_tokens[piece] if k % 2 else piece for k, piece in enumerate(pieces)]
         return out
 
     # -- decoding
@@ -315,6 +360,9 @@ class BPETokenizer:
             "rule": self.rule,
             "normalization": self.normalization,
             "whole_pieces": int(self.whole_pieces),
+            "always_matched": sorted(self.always_matched),
+            "matched_late": sorted(self.matched_late),
+            "other_entries": self.other_entries,
         }
 
     @classmethod
@@ -330,20 +378,27 @@ class BPETokenizer:
     def load(cls, path: str | Path) -> "BPETokenizer":
         """Read what `save` wrote. A hostile or damaged file raises ValueError and runs nothing."""
         fields = safe_pickle.load(path)
-        try:
+        with _naming(path):
             return cls.from_dict(fields)
-        except ValueError as error:
-            raise ValueError(f"{path} is no tokenizer: {error}") from None
 
     @classmethod
     def from_gpt2_files(cls, encoder_json: str | Path, vocab_bpe: str | Path, rule: str = "merges") -> "BPETokenizer":
         """Read GPT-2's `encoder.json` and `vocab.bpe` (also `.gz`); the ids are those of tiktoken's "gpt2"."""
-        return cls(**file_formats.read_gpt2_files(encoder_json, vocab_bpe), rule=rule)
+        fields = file_formats.read_gpt2_files(encoder_json, vocab_bpe)
+        with _naming(f"{encoder_json} with {vocab_bpe}"):
+            return cls(**fields, rule=rule)
 
     @classmethod
     def from_huggingface(cls, tokenizer_json: str | Path) -> "BPETokenizer":
-        """Read a byte-level `tokenizer.json` (or the folder it is in); others raise ValueError and say why."""
-        return cls(**file_formats.read_huggingface(tokenizer_json))
+        """
+        Read a byte-level `tokenizer.json` (or the folder it is in); others raise ValueError and say why.
+
+        `encode` gives the ids of `tokenizers.Tokenizer.encode(text, add_special_tokens=False)`, neither truncated nor
+        padded; with special tokens matched in the text, as there, by `allowed_special="all"`.
+        """
+        fields = file_formats.read_huggingface(tokenizer_json)
+        with _naming(tokenizer_json):
+            return cls(**fields)
 
     def to_huggingface(self, path: str | Path) -> Path:
         """Write a `tokenizer.json` (to this file, or into this folder) that gives the same ids; returns its path."""
@@ -356,24 +411,23 @@ class BPETokenizer:
         self.__init__(**file_formats.checked_fields(state))
 
 
-def _train_fast(
-    texts, pattern, n_merges, min_frequency, num_threads, max_unique_words, progress
-) -> list[tuple[int, int]]:
-    """Count words on all processors, then learn merges with incremental counts."""
-    from phase1_foundation.project2_tokenizer import fast_training, word_counts
+def _check_text(text: object) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"text is a {type(text).__name__}: encode takes str (decode bytes first)")
 
-    byte_ids = np.argsort(np.array(byte_order())).astype(np.int32)
-    counted = word_counts.count_words(
-        texts,
-        pattern,
-        num_threads,
-        max_unique_words or word_counts.MAX_UNIQUE_WORDS,
-        progress and (lambda done: progress("count", done, 0)),
-    )
-    state = fast_training.lay_out(counted.words(), byte_ids, n_merges)
-    del counted  # the table of words is the largest thing by now
-    merged = progress and (lambda done, total: progress("merge", done, total))
-    return fast_training.learn_merges(state, n_merges, min_frequency, merged)
+
+def _check_threads(num_threads: int | None) -> None:
+    if num_threads is not None and num_threads < 1:
+        raise ValueError(f"num_threads={num_threads} must be at least 1, or None for all processors")
+
+
+@contextlib.contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Say which file it was that made no tokenizer."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path} is no tokenizer: {error}") from None
 
 
 @lru_cache(maxsize=64)

@@ -6,8 +6,8 @@ This file implements the first half of training, counting distinct pieces in bou
   words with their counts, not on the text
 
 Every thread counts into a hash table of its own, without the interpreter lock; in the end the tables are added up.
-A table that grows past its bound forgets its rarest words (lossy counting): memory stays bounded on any input, and on
-ordinary text of a gigabyte the bound is never reached, so that the counts are exact.
+A table that grows past its bounds, in words or in bytes of long words, forgets the rarest (lossy counting): memory is
+bounded on any input, and on ordinary English of a gigabyte the bounds are never reached, so that the counts are exact.
 
 Each component is explained with paper references for educational purposes.
 """
@@ -28,7 +28,8 @@ from phase1_foundation.project2_tokenizer.word_keys import KEY_BYTES, byte_masks
 
 CHUNK_CHARACTERS = 4 << 20  # of text handed to a thread at once
 _MASKS = byte_masks()
-MAX_UNIQUE_WORDS = 5_000_000  # over all threads; about 600 bytes each at the peak of training
+MAX_UNIQUE_WORDS = 5_000_000  # over all threads; about 400 bytes each at the peak of training
+BYTES_PER_WORD = 16  # bytes of words kept for each of MAX_UNIQUE_WORDS: the bound where words are long
 _KEY, _COUNT, _COLUMNS = 0, 4, 5  # a row of a table: four words of key, then the count (0: empty)
 _USED, _STORED, _DOCUMENT, _POSITION = range(4)  # fill of table and arena, and where counting stopped
 _LONG = 0xFF << 56  # marks the key of a long word: offset in the arena, hash, 0, length
@@ -145,13 +146,13 @@ def count_pieces(data, eights, starts, lengths, classes, transitions, masks, tab
 
 
 @compiled
-def _add_table(table, arena, fill, other, other_arena, at_least):
+def _add_table(table, arena, fill, other, other_arena, at_least, at_least_long):
     """Add the words of another table that were counted often enough; there must be room."""
     for row in range(other.shape[0]):
         count = other[row, _COUNT]
-        if count == 0 or count < np.uint64(at_least):
-            continue
         a, b, c, d = other[row, 0], other[row, 1], other[row, 2], other[row, 3]
+        if count == 0 or count < np.uint64(at_least_long if d >= _LONG_MARK else at_least):
+            continue
         if d >= _LONG_MARK:
             offset, length = np.int64(a), np.int64(d & _LOW56)
             at, hashed = _find_long(table, arena, other_arena, offset, 1, length)
@@ -165,33 +166,40 @@ def _add_table(table, arena, fill, other, other_arena, at_least):
 
 
 @compiled
-def _word_places(table, arena_start, starts, lengths, counts):
-    """Where each word's bytes are: in its row of the table, or in the arena that lies `arena_start` bytes behind it."""
+def _write_words(table, arena, data, starts, lengths, counts):
+    """Write the bytes of all words one after the other; without `data` only their lengths and counts."""
     n = 0
+    at = 0
     for row in range(table.shape[0]):
         if table[row, _COUNT] != 0:
             d = table[row, 3]
             long = d >= _LONG_MARK
-            starts[n] = arena_start + 8 * np.int64(table[row, 0]) if long else 8 * _COLUMNS * row
-            lengths[n] = np.int64(d & _LOW56) if long else np.int64(d >> _TOP)
-            counts[n] = np.int64(table[row, _COUNT])
+            length = np.int64(d & _LOW56) if long else np.int64(d >> _TOP)
+            offset = np.int64(table[row, _KEY]) if long else 0
+            if data.size:
+                for i in range(length):
+                    eight = arena[offset + (i >> 3)] if long else table[row, i >> 3]
+                    data[at + i] = (eight >> (_8 * np.uint64(i & 7))) & np.uint64(0xFF)
+            starts[n], lengths[n], counts[n] = at, length, np.int64(table[row, _COUNT])
+            at += length
             n += 1
 
 
 class WordTable:
     """
-    Distinct words (as bytes) with their counts; at most about `max_words` of them.
+    Distinct words (as bytes) with their counts; at most about `max_words` of them, long ones of 16 bytes each in all.
 
     PAPER: arXiv:1508.07909, section 3.2.
     PAPER CONTEXT: The dictionary of a corpus is all that BPE needs of it.
     INTUITION: A full page is copied to a larger one; when there is no larger one, the rarest words are crossed out.
-    IMPLEMENTATION: Arrays that double; at `max_words` the rarer half is dropped (`dropped` says how many in all). A
-        word's count is then too low by what it had each time it was dropped, which matters to rare words alone.
+    IMPLEMENTATION: Arrays that double; at `max_words` the rarer half is dropped, at a full arena the rarer half of the
+        long words (`dropped` says how many in all). A word's count is then too low by what it had when dropped.
     WHY: Names, numbers and typing errors grow with the text without end; the words that merges come from do not.
     """
 
     def __init__(self, max_words: int, slots: int = 1 << 16):
         self.max_words = max_words
+        self.max_stored = BYTES_PER_WORD * max_words // 8  # entries of the arena
         self.dropped = 0  # words forgotten to stay within the bound
         self._allocate(slots, slots)
 
@@ -203,20 +211,31 @@ class WordTable:
     def __len__(self) -> int:
         return int(self.fill[_USED])
 
-    def _rebuild(self, room_words: int, room_arena: int, at_least: int = 1) -> None:
+    def _rebuild(self, room_words: int, room_arena: int, at_least: int = 1, at_least_long: int = 1) -> None:
         """New arrays with at least so much room in all, keeping the words that were counted at least so often."""
         table, arena, resume = self.table, self.arena, self.fill[_DOCUMENT:].copy()
         self._allocate(1 << (2 * room_words + 1).bit_length(), room_arena)
-        _add_table(self.table, self.arena, self.fill, table, arena, at_least)
+        _add_table(self.table, self.arena, self.fill, table, arena, at_least, at_least_long)
         self.fill[_DOCUMENT:] = resume
 
     def _grow(self, longest: int) -> None:
-        """Make room; where the bound is reached, forget the rarest words, at least half of all."""
-        words, at_least = len(self), 1
+        """Make room; where a bound is reached, forget the rarest words (of all, or of the long ones), at least half."""
+        words, stored, at_least, at_least_long = len(self), int(self.fill[_STORED]), 1, 1
         if words >= self.max_words:
             at_least = int(np.partition(self.table[:, _COUNT], -(self.max_words // 2))[-(self.max_words // 2)]) + 1
-        self._rebuild(min(2 * words + 16, self.max_words), 2 * int(self.fill[_STORED]) + longest, at_least)
+        if stored + longest > self.max_stored:
+            at_least_long = self._often_enough(self.max_stored // 2)
+        room_arena = min(2 * stored, self.max_stored) + longest
+        self._rebuild(min(2 * words + 16, self.max_words), room_arena, at_least, max(at_least, at_least_long))
         self.dropped += words - len(self)
+
+    def _often_enough(self, room: int) -> int:
+        """The least count at which all long words that occur as often or oftener fit into `room` entries."""
+        long = self.table[(self.table[:, _COUNT] != 0) & (self.table[:, _LENGTH] >= _LONG_MARK)]
+        order = np.argsort(long[:, _COUNT])[::-1]  # the most frequent first
+        counts, sizes = long[order, _COUNT], ((long[order, _LENGTH] & _LOW56).astype(np.int64) + 7) >> 3
+        first_out = int(np.searchsorted(np.cumsum(sizes), room, side="right"))
+        return int(counts[first_out]) + 1 if first_out < len(counts) else 1
 
     def count(self, chunk: TextBuffer) -> int:
         """Count all pieces of a chunk; returns its size in bytes."""
@@ -229,16 +248,15 @@ class WordTable:
     def add(self, other: "WordTable") -> None:
         """Add the counts of another table."""
         self._rebuild(len(self) + len(other), int(self.fill[_STORED] + other.fill[_STORED]))
-        _add_table(self.table, self.arena, self.fill, other.table, other.arena, 1)
+        _add_table(self.table, self.arena, self.fill, other.table, other.arena, 1, 1)
         self.dropped += other.dropped
 
     def words(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """All words: the bytes they lie in, their starts and lengths there, and their counts."""
         starts, lengths, counts = (np.empty(len(self), dtype=np.int64) for _ in range(3))
-        _word_places(self.table, self.table.nbytes, starts, lengths, counts)
-        data = self.table.reshape(-1).view(np.uint8)
-        if self.fill[_STORED]:
-            data = np.concatenate([data, self.arena[: self.fill[_STORED]].view(np.uint8)])
+        _write_words(self.table, self.arena, np.empty(0, dtype=np.uint8), starts, lengths, counts)
+        data = np.empty(int(lengths.sum()), dtype=np.uint8)
+        _write_words(self.table, self.arena, data, starts, lengths, counts)
         return data, starts, lengths, counts
 
     def as_dict(self) -> dict[bytes, int]:
@@ -301,6 +319,7 @@ def count_words(
     finally:
         for pool in pools:
             pool.shutdown(cancel_futures=True)
-    for other in tables[1:]:
-        tables[0].add(other)
-    return tables[0]
+    total = tables.pop(0)
+    while tables:
+        total.add(tables.pop(0))  # and let go of it
+    return total

@@ -22,7 +22,7 @@ from phase1_foundation.project3_pretrain.positions import rope_frequencies
 
 # torch's dtype -> llama.cpp's "file type"; vectors are float32 in both.
 FILE_TYPES = {torch.float32: 0, torch.float16: 1}
-NORMAL, CONTROL, UNUSED = 1, 3, 5  # llama.cpp's kinds of tokens
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's kinds of tokens
 PRE_TOKENIZERS = {GPT2: "gpt-2", GPT2_DIGITS: "smollm", GPT4: "llama-bpe", GPT4_DIGITS: "qwen2"}
 
 # ours -> theirs; {i} is the layer. Endings (.weight, .bias) are the same.
@@ -145,8 +145,9 @@ def add_tokenizer(writer, tokenizer, vocab_size: int) -> None:
             "does not; train one with the rule 'merges', or pass tokenizer=None"
         )
     names = {i: name for name, i in tokenizer.vocab.items()} | {i: name for name, i in tokenizer.special_tokens.items()}
-    special = set(tokenizer.special_tokens.values())
-    kinds = [CONTROL if i in special else NORMAL if i in names else UNUSED for i in range(vocab_size)]
+    kinds = [NORMAL if i in names else UNUSED for i in range(vocab_size)]
+    for name, i in tokenizer.special_tokens.items():
+        kinds[i] = USER_DEFINED if name in tokenizer.always_matched else CONTROL
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(PRE_TOKENIZERS[tokenizer.pattern])
     writer.add_token_list([names.get(i, f"[PAD{i}]") for i in range(vocab_size)])

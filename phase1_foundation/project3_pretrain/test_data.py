@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from common import DATA
 from phase1_foundation.project1_minimal_gpt.char_tokenizer import CharTokenizer
+from phase1_foundation.project2_tokenizer.bytes_alphabet import to_printable
+from phase1_foundation.project2_tokenizer.tokenizer import BPETokenizer
 from phase1_foundation.project3_pretrain import preparation, token_file
 from phase1_foundation.project3_pretrain.data import TokenDataset, TokenFileError, TokenWriter, write_tokens
 from phase1_foundation.project3_pretrain.download_data import articles
@@ -194,6 +196,9 @@ def test_missing_short_and_foreign_files_are_refused(tmp_path):
 def test_token_bytes_counts_utf8(tmp_path):
     assert token_bytes(BYTES).tolist() == [1] * 256 + [0]
     assert token_bytes(CharTokenizer("a\u00e9\u2603\n")).tolist() == [1, 2, 3, 1]
+    letters = {to_printable(bytes([i])): i for i in range(256)}
+    thinking = BPETokenizer(letters, [], {"<|end|>": 256, "<th\u00efnk>": 257}, always_matched=["<th\u00efnk>"])
+    assert token_bytes(thinking)[256:].tolist() == [0, 8]  # one is a mark, the other is text
 
 
 @pytest.mark.parametrize("style", ["metaspace", "byte level"])

@@ -507,6 +507,10 @@ def test_gguf_holds_the_vocabulary(tmp_path):
     assert fields["tokenizer.ggml.merges"].contents() == [" ".join(pair) for pair in tokenizer.merges]
     assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
     assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.eot_id
+    tokenizer.always_matched = frozenset(["<|endoftext|>"])
+    to_gguf(ours(vocab_size=288), tokenizer, tmp_path / "matched.gguf")
+    kinds = gguf.GGUFReader(tmp_path / "matched.gguf").fields["tokenizer.ggml.token_type"].contents()
+    assert kinds[tokenizer.eot_id] == gguf_export.USER_DEFINED
 
 
 def test_gguf_refuses_what_llama_cpp_does_not_compute(tmp_path):

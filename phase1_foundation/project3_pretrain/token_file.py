@@ -54,6 +54,8 @@ def token_bytes(tokenizer):
     if hasattr(tokenizer, "vocab"):  # byte-level: one printable letter a byte
         for token, i in tokenizer.vocab.items():
             sizes[i] = 0 if i in special else len(token)
+        for name in getattr(tokenizer, "always_matched", ()):  # text with an id of its own, such as <think>
+            sizes[tokenizer.special_tokens[name]] = len(name.encode())
     else:
         for i in range(tokenizer.vocab_size):
             sizes[i] = 0 if i in special else len(tokenizer.decode([i]).encode())
