@@ -2,14 +2,16 @@
 
     uv run python speedrun.py                  about ten minutes on two CPU cores
     uv run python speedrun.py --preset h100    125M parameters on one H100
-    uv run python speedrun.py --quick          under a minute, to see every stage work
+    uv run python speedrun.py --preset quick   under a minute, to see every stage work
 
 A stage is skipped when its output stands and its inputs have not changed; an interrupted training resumes. The model
-lands in checkpoints/speedrun/, the report in report/report.md.
+lands in checkpoints/speedrun/, the report in report/report.md; those of the other presets in folders of their own.
 """
 
+import datetime
 import json
 import lzma
+import os
 import sys
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import numpy as np
 from common import CHECKPOINTS, DATA, ROOT
 from common import settings as common_settings
 from common.checkpoint import atomic_write
-from common.device import pick_device
+from common.device import device_name, pick_device
 from common.plots import curves
 from common.progress import clock
 from common.run import Run
@@ -35,16 +37,16 @@ from phase1_foundation.project3_pretrain.writing import write
 # == Speedrun ==
 DEVICE = pick_device()  # cuda, mps or cpu
 SEED = 1337  # of every stage
-PRESET = "cpu"  # cpu (a few million parameters) or h100 (125M parameters)
-QUICK = False  # a few steps of a tiny model: does everything work?
+PRESET = "cpu"  # cpu (a few million parameters), h100 (125M) or quick (a few steps of a tiny one: does all work?)
 TEXT: list[str] = []  # text files (.txt, .jsonl, also compressed); none: the bundled sample, or a download (h100)
 VOCAB_SIZE: int | None = None  # tokens of the vocabulary; none: what suits the preset
-REPORT_DIR = str(ROOT / "report")  # report.md with curves and samples
-OUT_DIR = str(CHECKPOINTS / "speedrun")  # tokenizer, checkpoints, metrics
-DATA_DIR = str(DATA / "speedrun")  # tokenised data
+REPORT_DIR: str | None = None  # report.md with curves and samples; none: report/, report_quick/ ...
+OUT_DIR: str | None = None  # tokenizer, checkpoints, metrics; none: checkpoints/speedrun/, speedrun_quick/ ...
+DATA_DIR: str | None = None  # tokenised data; none: data/speedrun/, data/speedrun_quick/ ...
 
 _BUNDLED = DATA / "sample_corpus.jsonl.xz"
 _PROMPTS = ("The ", "Once upon a time", "ROMEO:\n", "Water is")
+_FOLDERS = {"REPORT_DIR": ROOT / "report", "OUT_DIR": CHECKPOINTS / "speedrun", "DATA_DIR": DATA / "speedrun"}
 # preset -> flags of train_pretrain.py
 _TRAINING = {
     "cpu": ["--model", "cpu-small", "--block_size", "128", "--batch_tokens", "2048", "--max_steps", "500"],
@@ -63,6 +65,9 @@ def validate_config(settings=None):
         raise ValueError(f"PRESET=h100 needs a GPU, and DEVICE={s.DEVICE}: use --preset cpu")
     if s.VOCAB_SIZE is not None and s.VOCAB_SIZE < 257:
         raise ValueError(f"VOCAB_SIZE={s.VOCAB_SIZE} must be at least 257: one token a byte, and <|endoftext|>")
+    for text in s.TEXT:
+        if not Path(text).is_file():
+            raise ValueError(f"TEXT={text} is no file: give text files, or leave it out for the bundled sample")
 
 
 def print_config(settings=None):
@@ -73,6 +78,10 @@ def print_config(settings=None):
 def main(argv=None):
     """Run all stages."""
     with Run(sys.modules[__name__], argv, description=__doc__) as run:
+        for name, folder in _FOLDERS.items():
+            if getattr(run.settings, name) is None:
+                other = "" if run.settings.PRESET == "cpu" else f"_{run.settings.PRESET}"
+                setattr(run.settings, name, f"{folder}{other}")
         speedrun(run.settings)
 
 
@@ -81,7 +90,7 @@ def speedrun(s):
     out = Path(s.OUT_DIR)
     tokenizer, train, val = out / "tokenizer.pkl", Path(s.DATA_DIR) / "train.bin", Path(s.DATA_DIR) / "val.bin"
     best, scores = out / "best.pt", out / "scores.json"
-    flags = _TRAINING["quick" if s.QUICK else s.PRESET]
+    flags = _TRAINING[s.PRESET]
     stages = Stages(out / "stages.json")
     texts = find_texts(s, stages)
     stages.run("tokenizer and data", lambda fresh: prepare(texts, tokenizer, s), files=texts,
@@ -95,7 +104,7 @@ def speedrun(s):
 
 def find_texts(s, stages):
     """The text to learn from: what TEXT names, a download for the large preset, else the bundled sample."""
-    if s.TEXT or s.PRESET == "cpu" or s.QUICK:
+    if s.TEXT or s.PRESET != "h100":
         return [Path(text) for text in s.TEXT] or [_BUNDLED]
     path = Path(pretrain_config.TRAIN_DATA_PATH)
     stages.run("text", lambda fresh: download_data.main(["--size", "large"]), outputs=[path])
@@ -126,8 +135,12 @@ def evaluate(best, train, val, s, path):
     """Score the best model on the held-out documents, beside xz on the same bytes, and let it write (project 3)."""
     model, tokenizer = load(best, device=s.DEVICE)
     held_out = TokenDataset(val, model.config.block_size, tokenizer.fingerprint)
+    print("predicting the held-out documents ...", flush=True)
     total = evaluation.score(model, held_out)
     text, seen = (plain_text(path, tokenizer) for path in (val, train))
+    print(f"compressing them with xz, {len(seen) / 1e6:.1f} MB of training text before them ...", flush=True)
+    xz, xz_seen, xz_both = (len(lzma.compress(part, preset=9)) for part in (text, seen, seen + text))
+    print("judging pairs of sentences (BLiMP), writing samples ...", flush=True)
     blimp = zero_shot.blimp(model, tokenizer, DATA / "eval" / "blimp_sample.jsonl")
     scores = {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -135,8 +148,8 @@ def evaluate(best, train, val, s, path):
         "bits_per_byte": total.bits_per_byte,
         "loss": total.loss,
         "perplexity": total.perplexity,
-        "xz": 8 * len(lzma.compress(text, preset=9)) / len(text),
-        "xz_primed": 8 * (len(lzma.compress(seen + text, preset=9)) - len(lzma.compress(seen, preset=9))) / len(text),
+        "xz": 8 * xz / len(text),
+        "xz_primed": 8 * (xz_both - xz_seen) / len(text),
         "blimp": blimp.accuracy,
         "samples": {prompt: write(model, tokenizer, prompt, 80, seed=s.SEED) for prompt in _PROMPTS},
     }
@@ -159,17 +172,44 @@ def write_report(s, stages, texts, scores):
     }
     curves(folder / "curves.png", series, "step", "loss (nats a token)", "Pre-training")
     tokens = sum(entry.get("tokens", 0) for entry in metrics)
-    verdict = "fewer" if scores["bits_per_byte"] < scores["xz"] else "more"
+    steps = max((entry["step"] for entry in metrics), default=0)
     lines = [
         "# What the speedrun made",
         "",
         f"A model of {scores['parameters'] / 1e6:.1f}M parameters that read {tokens / 1e6:.1f}M tokens of "
-        f"{', '.join(text.name for text in texts)}.",
+        f"{', '.join(text.name for text in texts)} in {steps:,} steps.",
+        "",
+        f"Preset `{s.PRESET}`, a vocabulary of {vocab_size(s):,}, {device_name(s.DEVICE)}, "
+        f"{datetime.date.today().isoformat()}.",
         "",
         "| stage | time |",
         "| --- | --- |",
         *(f"| {name} | {clock(seconds)} |" for name, seconds in stages.times()),
         "",
+        *quality(scores),
+        "![curves](curves.png)",
+        "",
+        "## What it writes",
+        "",
+        "The beginning in bold was given.",
+        "",
+        *(f"> {quoted(prompt, text)}\n" for prompt, text in scores["samples"].items()),
+        "## What to do with it",
+        "",
+        "```",
+        "uv run python phase1_foundation/project3_pretrain/score.py --checkpoint "
+        f"{os.path.relpath(Path(s.OUT_DIR) / 'best.pt', ROOT)}",
+        "```",
+        "",
+    ]
+    atomic_write(folder / "report.md", "\n".join(lines))
+    print(f"\nThe report is in {folder / 'report.md'}, the model in {Path(s.OUT_DIR) / 'best.pt'}.")
+
+
+def quality(scores):
+    """The lines of the report that say how good the model is."""
+    verdict = "fewer" if scores["bits_per_byte"] < scores["xz"] else "more"
+    return [
         "## How good it is",
         "",
         f"On {scores['held_out_bytes'] / 1e3:,.0f} kB of documents that it has not read:",
@@ -181,19 +221,18 @@ def write_report(s, stages, texts, scores):
         f"| `xz -9` that has read the training text first | {scores['xz_primed']:.3f} |",
         f"| loss, nats a token | {scores['loss']:.3f} |",
         f"| perplexity | {scores['perplexity']:.1f} |",
-        f"| BLiMP sample, accuracy (chance 50%) | {scores['blimp']:.1%} |",
+        f"| BLiMP sample, accuracy (chance 50%, and 340 pairs leave 3% either way) | {scores['blimp']:.1%} |",
         "",
         f"The model needs {verdict} bits a byte than `xz -9`. The size of its weights is not counted; xz starts with "
         "nothing, which is why the third line lets it read the training text first.",
         "",
-        "![curves](curves.png)",
-        "",
-        "## What it writes",
-        "",
-        *(f"```\n{text.strip()}\n```\n" for text in scores["samples"].values()),
     ]
-    atomic_write(folder / "report.md", "\n".join(lines))
-    print(f"\nThe report is in {folder / 'report.md'}, the model in {Path(s.OUT_DIR) / 'best.pt'}.")
+
+
+def quoted(prompt, text):
+    """A sample as one Markdown quotation, its prompt in bold."""
+    begun, written = prompt.strip(), text[len(prompt) :].strip()
+    return " ".join(f"**{begun}** {written}".replace("<", "&lt;").split())
 
 
 if __name__ == "__main__":

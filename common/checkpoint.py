@@ -9,6 +9,7 @@ import contextlib
 import glob
 import os
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -81,13 +82,15 @@ def load(path, map_location="cpu"):
         raise FileNotFoundError(f"there is no checkpoint at {path}: train one first, or give another path")
     with open(path, "rb") as file:  # what the system refuses (permissions, say) is no damage and keeps its own error
         try:
-            checkpoint = torch.load(file, map_location=map_location, weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's advice about foreign files would come before our error
+                checkpoint = torch.load(file, map_location=map_location, weights_only=True)
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:  # a damaged pickle can make its reader raise anything
             raise CheckpointError(
                 f"{path} is damaged or no checkpoint of this project ({_first_line(error)}): "
-                f"use another one (the best and the last are kept side by side), and delete this one"
+                f"use another one; the best and the last are kept side by side"
             ) from error
     if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in REQUIRED):
         raise CheckpointError(f"{path} is a PyTorch file but no checkpoint of this project: it needs {REQUIRED}")

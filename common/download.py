@@ -11,6 +11,7 @@ import json
 import lzma
 import os
 import queue
+import signal
 import sys
 import threading
 import time
@@ -24,7 +25,7 @@ STALL_S = 45  # seconds without a document after which a connection counts as de
 RETRIES = 2  # reconnections in a row without a new document
 SAVE_BYTES = 4 << 20  # the place to resume from is written down this often
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
-_DAMAGED = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, UnicodeDecodeError)
+DAMAGED = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, UnicodeDecodeError)
 
 
 class HubError(Exception):
@@ -74,7 +75,7 @@ def read_documents(path):
     path = Path(path)
     kinds = [suffix for suffix in path.suffixes[-2:] if suffix not in (*_OPENERS, ".zst")]
     jsonl = bool(kinds) and kinds[-1] in (".jsonl", ".json")
-    damaged = (*_DAMAGED, _zstd().ZstdError) if path.suffix == ".zst" else _DAMAGED
+    damaged = (*DAMAGED, _zstd().ZstdError) if path.suffix == ".zst" else DAMAGED
     with open_text(path) as file:
         try:
             for number, line in enumerate(file, 1):
@@ -105,6 +106,24 @@ def flatten(text):
     'A title And a  paragraph.'
     """
     return " ".join(line for line in map(str.strip, text.splitlines()) if line)
+
+
+def fetch(settings, path, sources, sizes, fallback):
+    """What a download script does: get the SOURCE in the SIZE that its settings name; see `download_text`.
+
+    Args:
+        sources: name -> arguments of `download_text`.
+        sizes: name -> bytes at most.
+
+    Raises:
+        ValueError: an unknown name; the message lists the known ones.
+    """
+    for name, known in (("SIZE", sizes), ("SOURCE", sources)):
+        if getattr(settings, name) not in known:
+            raise ValueError(f"{name}={getattr(settings, name)} is unknown: use one of {', '.join(known)}")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C ends it at once: it resumes
+    source, most = sources[settings.SOURCE], sizes[settings.SIZE]
+    return download_text(path, **source, max_bytes=most, fallback=fallback, no_fallback=settings.NO_FALLBACK)
 
 
 def download_text(path, *, dataset, subset=None, split="train", column="text", max_bytes,

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+MANY = 200  # points of a line, above which it is smoothed
 _STYLES = ("-", "--", "-.", ":")
 _COLOURS = ("#0b5cad", "#d1495b", "#2e8b57", "#7b4ea3", "#c77d00", "#5a5a5a", "#00838f")
 
@@ -37,7 +38,7 @@ def _write(figure, path):
 
 
 def curves(path, series, xlabel, ylabel, title, hlines=None, logx=False, logy=False, ylim=None):
-    """Draw lines to a PNG.
+    """Draw lines to a PNG; one of more than MANY points is drawn faintly, with its running mean on top.
 
     Args:
         path: the file to write.
@@ -48,12 +49,15 @@ def curves(path, series, xlabel, ylabel, title, hlines=None, logx=False, logy=Fa
     """
     figure, axes = _figure(title, xlabel, ylabel)
     for index, (name, (xs, ys)) in enumerate(series.items()):
-        few = len(xs) <= 12
+        few, colour = len(xs) <= 12, _COLOURS[index % len(_COLOURS)]
+        if len(xs) > MANY:
+            axes.plot(xs, ys, color=colour, linewidth=0.7, alpha=0.25)
+            ys, name = running_mean(ys, len(ys) // 50), f"{name} (running mean)"
         axes.plot(
             xs,
             ys,
             label=name,
-            color=_COLOURS[index % len(_COLOURS)],
+            color=colour,
             linestyle=_STYLES[index // 2 % 4],
             linewidth=1.6,
             marker="o" if few else None,
@@ -69,6 +73,16 @@ def curves(path, series, xlabel, ylabel, title, hlines=None, logx=False, logy=Fa
         axes.set_ylim(*ylim)
     axes.legend(frameon=False, fontsize=9)
     return _write(figure, path)
+
+
+def running_mean(ys, window):
+    """Each value's mean with its `window` neighbours on both sides, as far as there are any.
+
+    >>> running_mean([0.0, 3.0, 6.0, 3.0], 1)
+    [1.5, 3.0, 4.0, 4.5]
+    """
+    parts = (ys[max(0, i - window) : i + window + 1] for i in range(len(ys)))
+    return [sum(part) / len(part) for part in parts]
 
 
 def bars(path, labels, groups, ylabel, title):

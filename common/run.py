@@ -44,7 +44,7 @@ class Run:
         stopping: True after the first Ctrl-C; loops finish their step, save and leave. A second one interrupts.
 
     Raises:
-        SystemExit: with status 2 and one ``error: ...`` line, for a ValueError or OSError raised inside. Set
+        SystemExit: with status 2 and one ``error: ...`` line, for a ValueError, an OSError or a missing library. Set
             LLM_ROADMAP_TRACEBACK=1 to see where it came from.
     """
 
@@ -134,9 +134,31 @@ class Run:
         if kind is not None and issubclass(kind, (ValueError, OSError)) and not os.environ.get("LLM_ROADMAP_TRACEBACK"):
             print(f"error: {' '.join(str(error).splitlines()) or kind.__name__}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
+        if kind is ModuleNotFoundError and _optional(error.name) and not os.environ.get("LLM_ROADMAP_TRACEBACK"):
+            print(f"error: this needs {error.name}, which the small install leaves out: `uv sync --group all` brings "
+                  f"it, and every other library", file=sys.stderr, flush=True)  # fmt: skip
+            raise SystemExit(2) from None
         if kind is None and self.stopping:
             raise SystemExit(130)  # all is saved, but whoever started this script must not take it for finished
         return False
+
+
+def _optional(module):
+    """Whether a module that was not found is a library, and not a part of this repository."""
+    return module and not module.startswith(("common", "phase"))
+
+
+def ask(question):
+    """A line from the keyboard; None for Ctrl-D and Ctrl-C, which `Run` would only take for a request to stop."""
+    handler = _install(signal.default_int_handler)
+    try:
+        return input(question)
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
 
 
 def _install(handler):

@@ -227,12 +227,14 @@ def print_config(settings):
     """Print every constant with its value, its meaning, and a ``*`` where a flag overrode the default."""
     constants = getattr(settings, "constants", None) or constants_of(settings)
     overrides = getattr(settings, "overrides", ())
+    if overrides:
+        print("(* changed by a flag)")
     section, order = None, list(dict.fromkeys(constant.section for constant in constants.values()))
     for constant in sorted(constants.values(), key=lambda constant: order.index(constant.section)):
         if constant.section != section:
             section = constant.section
             print(f"{section}:")
         mark = "*" if constant.name in overrides else " "
-        value = getattr(settings, constant.name)
+        value = getattr(settings, constant.name, constant.default)  # a module does not hold its BASE_CONFIG
         print(f"{mark} {constant.name:<24} {value!s:<28} {constant.help}".rstrip())
     sys.stdout.flush()

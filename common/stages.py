@@ -49,10 +49,16 @@ class Stages:
             self.echo(f"\n== {name}: up to date (took {clock(old['seconds'])})")
             return False
         self.echo(f"\n== {name}")
-        self._remember(name, {"key": key, "finished": False, "seconds": 0.0})
+        fresh = old.get("key") != key
+        spent = 0.0 if fresh or old.get("finished") else old["seconds"]  # by attempts that this one continues
+        self._remember(name, {"key": key, "finished": False, "seconds": spent})
         start = time.perf_counter()
-        action(old.get("key") != key)
-        seconds = time.perf_counter() - start
+        try:
+            action(fresh)
+        except BaseException:
+            self._remember(name, {"key": key, "finished": False, "seconds": spent + time.perf_counter() - start})
+            raise
+        seconds = spent + time.perf_counter() - start
         self._remember(name, {"key": key, "finished": True, "seconds": seconds})
         self.echo(f"== {name}: done in {clock(seconds)}")
         return True
@@ -63,5 +69,5 @@ class Stages:
         atomic_write(self.record, json.dumps(self.done, indent=1) + "\n")
 
     def times(self):
-        """(name, seconds) of the stages named so far, in order."""
+        """(name, seconds) of the stages named so far, in order; interrupted attempts are counted in."""
         return [(name, self.done[name]["seconds"]) for name in self.order]

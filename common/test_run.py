@@ -52,6 +52,15 @@ def test_settings_device_and_configuration(config, capsys):
     assert printed.endswith("hello!\n")
 
 
+def test_a_missing_library_is_one_line_and_a_missing_part_of_ours_a_traceback(config, capsys):
+    with pytest.raises(SystemExit) as exit_, Run(config, [], quiet=True):
+        import a_library_that_nobody_has  # noqa: F401
+    assert exit_.value.code == 2
+    assert "error: this needs a_library_that_nobody_has" in capsys.readouterr().err
+    with pytest.raises(ModuleNotFoundError), Run(config, [], quiet=True):
+        import common.no_such_file  # noqa: F401
+
+
 def test_quiet_prints_nothing(config, capsys):
     with Run(config, [], quiet=True):
         pass

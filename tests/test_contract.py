@@ -105,15 +105,16 @@ def config_of(folder):
 @each_project
 def test_the_config_validates_and_prints(folder, capsys):
     config = config_of(folder)
-    constants = settings_module.constants_of(config)
-    before = {name: repr(getattr(config, name)) for name in constants}
+    constants = settings_module.constants_of(config)  # those of BASE_CONFIG among them
+    before = {name: repr(constant.default) for name, constant in constants.items()}
     config.validate_config()
     config.validate_config(settings_module.load(config, []))
     for settings in (None, settings_module.load(config, [])):
         config.print_config(settings)
         printed = capsys.readouterr().out
         assert all(name in printed for name in constants)
-    assert {name: repr(getattr(config, name)) for name in constants} == before, "the module was changed"
+    after = {name: repr(constant.default) for name, constant in settings_module.constants_of(config).items()}
+    assert after == before, "the module was changed"
 
 
 @each_project

@@ -25,7 +25,7 @@ def flags(tmp_path_factory):
     words = syllables + [a + b for a in syllables for b in syllables]
     lines = (" ".join(rng.choices(words, k=60)) + "." for _ in range(300))
     (folder / "text.txt").write_text("\n".join(lines), encoding="utf-8")
-    return ["--quick", "--text", f"{folder}/text.txt", "--vocab_size", "320", "--out_dir", f"{folder}/out",
+    return ["--preset", "quick", "--text", f"{folder}/text.txt", "--vocab_size", "320", "--out_dir", f"{folder}/out",
             "--data_dir", f"{folder}/tokens", "--report_dir", f"{folder}/report", "--device", "cpu"]  # fmt: skip
 
 
@@ -71,6 +71,18 @@ def test_an_interrupted_speedrun_continues_and_a_finished_one_does_nothing(flags
     third = _run(flags)
     assert third.count(": up to date") == 3
     assert time.perf_counter() - start < 120
+
+
+def test_presets_have_folders_of_their_own(monkeypatch):
+    seen = []
+    monkeypatch.setattr(speedrun, "speedrun", lambda s: seen.append([s.OUT_DIR, s.DATA_DIR, s.REPORT_DIR]))
+    speedrun.main([])
+    speedrun.main(["--preset", "quick"])
+    speedrun.main(["--preset", "quick", "--out_dir", "mine"])
+    assert len({Path(folder) for folders in seen for folder in folders}) == 7  # the third run changes one folder
+    assert Path(seen[0][0]).name == "speedrun" and Path(seen[1][0]).name == "speedrun_quick" and seen[2][0] == "mine"
+    with pytest.raises(SystemExit):
+        speedrun.main(["--text", "nowhere.txt"])
 
 
 def test_a_stage_with_other_settings_leaves_nothing_of_the_old_one(tmp_path, monkeypatch):

@@ -4,11 +4,9 @@ uv run python phase1_foundation/project1_minimal_gpt/generate.py --prompt "ROMEO
 uv run python phase1_foundation/project1_minimal_gpt/generate.py --interactive
 """
 
-import signal
-
 import torch
 
-from common.run import Run
+from common.run import Run, ask
 from phase1_foundation.project1_minimal_gpt import config
 from phase1_foundation.project1_minimal_gpt.loading import load_model
 from phase1_foundation.project1_minimal_gpt.sampling import stream
@@ -52,18 +50,6 @@ def converse(run, model, tokenizer, generator):
             write(run, model, tokenizer, prompt, generator)
         except ValueError as error:  # a character the model does not know must not end the conversation
             run.print(f"error: {error}")
-
-
-def ask(question):
-    """A line from the keyboard; an empty one for Ctrl-D and Ctrl-C, which `Run` would only take for a request."""
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return input(question)
-    except (EOFError, KeyboardInterrupt):
-        print()
-        return ""
-    finally:
-        signal.signal(signal.SIGINT, handler)
 
 
 if __name__ == "__main__":

@@ -90,10 +90,11 @@ def optimise(run, model, optimizer, train_tokens, val_tokens, about, step, best)
         step, count = step + 1, count + 1
         evaluates = step % s.EVAL_EVERY == 0 or step == s.MAX_ITERS
         if step % s.LOG_EVERY == 0 or step == first or evaluates or run.stopping:
-            train_loss, total, count = total.item() / count, torch.zeros_like(total), 0
+            train_loss = total.item() / count
             check_finite(run, "training", train_loss, step)
             run.log(step=step, train_loss=train_loss, learning_rate=rate)
-        reporter.report(step, units=inputs.numel(), loss=train_loss, lr=rate)
+            reporter.report(step, units=count * inputs.numel(), loss=train_loss, lr=rate)
+            total, count = torch.zeros_like(total), 0
         if evaluates:
             val_loss = evaluate(model, val_tokens, s, run.device, limit=s.EVAL_WINDOWS)
             check_finite(run, "validation", val_loss, step)
@@ -207,7 +208,8 @@ def conclude(run, val_tokens, began):
     run.print(
         f"\nbest checkpoint (step {saved['iter']}): validation loss {loss:.4f} nats a character "
         f"({loss / math.log(2):.3f} bits, perplexity {math.exp(loss):.2f})\n"
-        f"measured on the whole held-out text in windows of {s.BLOCK_SIZE}; {seconds:.0f} seconds in all"
+        f"measured on the whole held-out text in windows of {s.BLOCK_SIZE}; {seconds:.0f} seconds "
+        f"{'since it was resumed' if s.RESUME else 'in all'}"
     )
     draw_curves(out / "metrics.jsonl", out / "curves.png", f"Project 1: {model.n_parameters():,} parameters")
     run.print(f"wrote {out}: best.pt, last.pt, metrics.jsonl, curves.png\n\na sample:")
@@ -227,7 +229,7 @@ def draw_curves(metrics, path, title):
     lines = read_metrics(metrics)
     series = {
         name: ([line["step"] for line in lines if key in line], [line[key] for line in lines if key in line])
-        for name, key in (("training (one batch)", "train_loss"), ("validation", "val_loss"))
+        for name, key in (("training", "train_loss"), ("validation", "val_loss"))
     }
     plots.curves(path, series, "step", "loss, nats per character", title)
 

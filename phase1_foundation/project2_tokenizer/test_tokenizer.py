@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import DATA, ROOT
-from common.run import Run
+from common.run import Run, ask
 from phase1_foundation.project2_tokenizer import config, patterns
 from phase1_foundation.project2_tokenizer.bytes_alphabet import from_printable
 from phase1_foundation.project2_tokenizer.tokenizer import RULES, BPETokenizer
@@ -415,18 +415,6 @@ def interactive(run):
     run.print(f"{path if own else 'GPT-2 (train_tokenizer.py makes one of your own)'}: {tokenizer!r}")
     while text := ask("text> "):
         colour(tokenizer, text)
-
-
-def ask(question):
-    """A line from the keyboard; an empty one for Ctrl-D and Ctrl-C, which `Run` would only take for a request."""
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return input(question)
-    except (EOFError, KeyboardInterrupt):
-        print()
-        return ""
-    finally:
-        signal.signal(signal.SIGINT, handler)
 
 
 def examples():

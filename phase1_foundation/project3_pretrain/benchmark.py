@@ -4,11 +4,12 @@
     uv run python phase1_foundation/project3_pretrain/benchmark.py --nanogpt ~/nanoGPT --quality_steps 600
 
 Speed: GPT-2 124M shapes at context 1024 on a GPU, a small shape on a CPU, in turn with the same shape in `transformers`
-and, where a checkout is given, nanoGPT. Quality: two runs of train_pretrain.py on the same tokens; a finished run is
-used as it is, so both can be trained beforehand.
+and, where a checkout is given, nanoGPT. Recipes: runs of train_pretrain.py on the same tokens; a finished run is used
+as it is, so they can be trained beforehand. `--parts recipes` measures these alone and keeps the other rows.
 """
 
 import importlib.util
+import re
 import shlex
 import statistics
 import subprocess
@@ -299,38 +300,57 @@ def run_training(flags, kill_at=None, processes=1, environment=None):
 
 NANOGPT_RECIPE = ["--model", "gpt2", "--optimizer", "adamw", "--learning_rate", "6e-4", "--embed_learning_rate", "6e-4",
                   "--schedule", "cosine", "--weight_decay", "0.1"]  # fmt: skip
+# what is compared with the default recipe: further flags of the same run, by kind of device
+RIVAL_RECIPES = {
+    "cuda": {"nanoGPT's settings": NANOGPT_RECIPE, "AdamW for Muon": ["--optimizer", "adamw"]},
+    "cpu": {
+        "AdamW for Muon": ["--optimizer", "adamw"],
+        "AdamW for Muon, half the rate": [
+            "--optimizer", "adamw", "--learning_rate", "3e-3", "--embed_learning_rate", "3e-3",
+        ],
+        "cosine for WSD": ["--schedule", "cosine"],
+    },
+}  # fmt: skip
 
 
 def compare_recipes(report, s):
-    """The default recipe against AdamW with nanoGPT's settings: validation loss at equal tokens, both curves."""
+    """The default recipe against others on the same tokens: validation losses, curves, speed of the whole runs."""
+    kind = "cuda" if report.device.type == "cuda" else "cpu"
     if not s.QUALITY_STEPS:
-        report.skip("recipe against nanoGPT's settings", "two whole training runs, made on demand: --quality_steps 360")
+        for name in RIVAL_RECIPES[kind]:
+            report.skip(f"validation loss, our recipe against: {name}", "whole runs, on demand: --quality_steps 360")
         return
-    found = {}
-    for name, flags in {"our recipe": [], "nanoGPT's settings": NANOGPT_RECIPE}.items():
-        out = CHECKPOINTS / f"project3_{'recipe' if not flags else 'nanogpt'}"
-        train_pretrain.main(
-            [*shlex.split(s.QUALITY_FLAGS), *flags, "--max_steps", str(s.QUALITY_STEPS), "--out_dir", str(out)]
-        )
-        entries = read_metrics(out / "metrics.jsonl")
-        points = [(e["step"], e["val_loss"]) for e in entries if "val_loss" in e]
-        steps = [e for e in entries if "tokens" in e]
-        found[name] = [step * steps[0]["tokens"] / 1e6 for step, _ in points], [loss for _, loss in points]
-        report.series(f"validation loss, {name}", *found[name])
+    curves_by_name = {"our recipe": train_recipe(report, s, "our recipe", [])}
+    millions, losses = curves_by_name["our recipe"]
+    for name, flags in RIVAL_RECIPES[kind].items():
+        curves_by_name[name] = train_recipe(report, s, name, flags)
+        theirs = curves_by_name[name][1][-1]
+        report.row(f"validation loss, our recipe against: {name}", losses[-1], "nats/token", peer=theirs,
+                   peer_name=name, higher_is_better=False, note=f"after {millions[-1]:,.3g}M tokens")  # fmt: skip
+        reached = next((x for x, y in zip(millions, losses) if y <= theirs), None)
+        if reached:
+            report.row(f"tokens to reach the last loss of: {name}", reached, "M tokens", peer=millions[-1],
+                       peer_name=name, higher_is_better=False)  # fmt: skip
+    path = report.folder / f"project3_pretrain.recipes.{report.slug}.png"
+    curves(path, curves_by_name, "million tokens", "validation loss (nats a token)", "Recipes on equal data and tokens")
+
+
+def train_recipe(report, s, name, flags):
+    """Train a recipe, unless its finished run stands; returns (millions of tokens, validation losses)."""
+    out = CHECKPOINTS / ("project3_" + re.sub(r"\W+", "_", name))
+    train_pretrain.main(
+        [*shlex.split(s.QUALITY_FLAGS), *flags, "--max_steps", str(s.QUALITY_STEPS), "--out_dir", str(out)]
+    )
+    entries = read_metrics(out / "metrics.jsonl")
+    steps = [e for e in entries if "tokens" in e]
+    points = [(e["step"] * steps[0]["tokens"] / 1e6, e["val_loss"]) for e in entries if "val_loss" in e]
+    millions, losses = (list(column) for column in zip(*points))
+    report.series(f"validation loss, {name}", millions, losses)
+    if report.device.type == "cuda":  # minutes on a CPU are never undisturbed
         speed = statistics.median(e["tokens_per_s"] for e in steps[len(steps) // 2 :])
         report.row(f"whole training run, {name}", speed, "tok/s",
                    note="median over the second half of the run, data and optimizer included")  # fmt: skip
-    ours, theirs = (ys[-1] for _, ys in found.values())
-    millions, peer = found["our recipe"][0][-1], "AdamW, nanoGPT's settings"
-    report.row(f"validation loss after {millions:,.0f}M tokens", ours, "nats/token", peer=theirs, peer_name=peer,
-               higher_is_better=False)  # fmt: skip
-    reached = next((x for x, y in zip(*found["our recipe"]) if y <= theirs), None)
-    if reached:
-        report.row("tokens to reach the peer's final loss", reached, "M tokens", peer=millions, peer_name=peer,
-                   higher_is_better=False)  # fmt: skip
-    path = report.folder / f"project3_pretrain.recipes.{report.slug}.png"
-    curves(path, found, "million tokens", "validation loss (nats a token)",
-           "Equal data, tokens and model size: our recipe and nanoGPT's")  # fmt: skip
+    return millions, losses
 
 
 def _forget():

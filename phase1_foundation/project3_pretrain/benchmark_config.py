@@ -13,8 +13,8 @@ MICRO_BATCH = 60  # sequences of 1024 tokens in one forward (GPU)
 MICROS = 8  # micro batches of one optimizer step (GPU): 491,520 tokens with 60 sequences
 REPEATS = 5  # timed optimizer steps
 NANOGPT: str | None = None  # a checkout of karpathy/nanoGPT, to be measured in turn
-QUALITY_STEPS = 0  # steps of the two training runs that are compared; 0 leaves them out
-QUALITY_FLAGS = ""  # further flags of both runs, in one string: --quality_flags="--data_dir ..."
+QUALITY_STEPS = 0  # steps of the training runs that are compared; 0 leaves them out
+QUALITY_FLAGS = ""  # further flags of all of them, in one string: --quality_flags="--data_dir ..."
 
 
 def validate_config(settings=None):

@@ -83,6 +83,16 @@ class TokenDataset:
         rows = self._rows[starts]  # (B, T + 1)
         return torch.from_numpy(rows[:, :-1].astype(np.int64)), torch.from_numpy(rows[:, 1:].astype(np.int64))
 
+    @property
+    def epoch_size(self):
+        """Windows of an epoch of training; less than one window is left out, so that any offset fits."""
+        return max(1, (self.n_tokens - self.block_size) // self.block_size)
+
+    def rows(self, places, key):
+        """The windows at `places` of an epoch, which its `key` begins to cut where no other does; as `gather`."""
+        offset = mix(key, 1) % min(self.block_size, self.n_tokens - self.epoch_size * self.block_size)
+        return self.gather(places * self.block_size + offset)
+
     def batches(self, seed, batch_size, micro_batch_size, rank=0, world_size=1):
         """The training batches, by step; see `Batches`."""
         return Batches(self, seed, batch_size, micro_batch_size, rank, world_size)
@@ -118,20 +128,21 @@ class Batches:
     PAPER CONTEXT: repeating data for a few epochs costs little loss compared with fresh data.
     INTUITION: each epoch is a newly shuffled deck of windows; a step takes the next `batch_size` cards, and each rank
         its share of them.
-    IMPLEMENTATION: an epoch cuts the stream into windows that do not overlap, from an offset of its own so that
-        borders move, and visits them in the order of `permute`. The batch of a step is the same set for every
-        world_size: ranks take contiguous slices of it, micro batches slices of those.
+    IMPLEMENTATION: an epoch visits the dataset's rows (windows of a text that do not overlap, from an offset of its
+        own so that borders move) in the order of `permute`. The batch of a step is the same set for every world_size:
+        ranks take contiguous slices of it, micro batches slices of those.
     WHY: no state to save: resuming is asking for another step, on any number of ranks.
 
     Args:
-        dataset: a `TokenDataset`.
+        dataset: has ``epoch_size`` and ``rows(places, key)``, which gives the rows at some places of the epoch with
+            this key as a tuple of tensors (len(places), ...): a `TokenDataset`, or what a later project trains on.
         seed: chooses the order.
         batch_size: sequences of one step, over all ranks and micro batches.
         micro_batch_size: sequences of one forward; the last micro batch of a step may be smaller.
         rank, world_size: which share.
 
-    ``batches[step]`` is a list of (tokens, targets), int64 CPU tensors (micro_batch_size, block_size). The step after
-    the one asked for is fetched by a thread meanwhile; that changes when it is read, never what.
+    ``batches[step]`` is a list of such tuples, (tokens, targets) of a text, with micro_batch_size rows each. The step
+    after the one asked for is fetched by a thread meanwhile; that changes when it is read, never what.
 
     Raises:
         ValueError: the sizes do not divide as they must.
@@ -151,26 +162,7 @@ class Batches:
         self.dataset, self.seed = dataset, seed
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
         self.rank, self.world_size = rank, world_size
-        # An epoch leaves out less than one window, so that any offset below block_size fits.
-        self.epoch_size = max(1, (dataset.n_tokens - dataset.block_size) // dataset.block_size)
         self._thread, self._ahead = ThreadPoolExecutor(1), (None, None)  # (step, future)
-
-    def starts(self, step):
-        """Where the windows of this rank begin at a step: int64 (batch_size / world_size,)."""
-        share = self.batch_size // self.world_size
-        samples = np.arange(share, dtype=np.int64) + (step * self.batch_size + self.rank * share)
-        epochs, places = np.divmod(samples, self.epoch_size)
-        starts = np.empty_like(samples)
-        for epoch in np.unique(epochs):
-            now = epochs == epoch
-            key = mix(self.seed, int(epoch))
-            starts[now] = permute(places[now], self.epoch_size, key) * self.dataset.block_size + self.offset(key)
-        return starts
-
-    def offset(self, key):
-        """Where the windows of the epoch with this key begin to be cut."""
-        block, length = self.dataset.block_size, self.dataset.n_tokens
-        return mix(key, 1) % min(block, length - self.epoch_size * block)
 
     def __getitem__(self, step):
         if step < 0:
@@ -181,10 +173,16 @@ class Batches:
         return batch
 
     def _fetch(self, step):
-        """Read a step's windows and cut them into micro batches."""
-        tokens, targets = self.dataset.gather(self.starts(step))
-        size = self.micro_batch_size
-        return list(zip(tokens.split(size), targets.split(size)))
+        """Read this rank's rows of a step and cut them into micro batches."""
+        share, size = self.batch_size // self.world_size, self.dataset.epoch_size
+        samples = np.arange(share, dtype=np.int64) + (step * self.batch_size + self.rank * share)
+        epochs, places = np.divmod(samples, size)
+        parts = []
+        for epoch in np.unique(epochs):  # a step may reach into the next epoch
+            key = mix(self.seed, int(epoch))
+            parts.append(self.dataset.rows(permute(places[epochs == epoch], size, key), key))
+        columns = (torch.cat(column).split(self.micro_batch_size) for column in zip(*parts))
+        return list(zip(*columns))
 
     def __iter__(self):
         raise TypeError("batches have no end: ask for batches[step]")

@@ -8,10 +8,9 @@ the Hugging Face hub cannot be reached (--no_fallback fails instead).
 """
 
 import re
-import signal
 
 from common import DATA
-from common.download import download_text
+from common.download import fetch
 from common.run import Run
 from phase1_foundation.project3_pretrain import config
 
@@ -39,18 +38,7 @@ SOURCES = {
 def main(argv=None):
     """Run the script."""
     with Run(config, argv, sections=("Data",), description=__doc__, quiet=True) as run:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C ends it at once: it resumes
-        s = run.settings
-        for name, known in (("SIZE", SIZES), ("SOURCE", SOURCES)):
-            if getattr(s, name) not in known:
-                raise ValueError(f"{name}={getattr(s, name)} is unknown: use one of {', '.join(known)}")
-        download_text(
-            s.TRAIN_DATA_PATH,
-            **SOURCES[s.SOURCE],
-            max_bytes=SIZES[s.SIZE],
-            fallback=DATA / "sample_corpus.jsonl.xz",
-            no_fallback=s.NO_FALLBACK,
-        )
+        fetch(run.settings, run.settings.TRAIN_DATA_PATH, SOURCES, SIZES, DATA / "sample_corpus.jsonl.xz")
 
 
 if __name__ == "__main__":

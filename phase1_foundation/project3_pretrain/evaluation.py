@@ -108,7 +108,7 @@ def within_memory(model, n_tokens):
         head.loss = loss
 
 
-def score_batches(model, batches, sizes=None, dtype=None):
+def score_batches(model, batches, sizes=None, dtype=None, plan=None):
     """
     The `Score` of a model over batches
 
@@ -124,13 +124,15 @@ def score_batches(model, batches, sizes=None, dtype=None):
         batches: yields (tokens, targets), int64 (B, T); targets of -100 do not count.
         sizes: bytes of text per token, by id (None: count no bytes).
         dtype: autocast's type, or None.
+        plan: ``plan(model, tokens)`` says who attends to whom, as for `NextToken` (None: whole rows).
     """
     with evaluating(model, dtype) as device:
         nats = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         tokens_seen = bytes_seen = 0
         for tokens, targets in batches:
+            tokens, wanted = tokens.to(device), targets.to(device)
             with within_memory(model, tokens.numel()):
-                losses = model(tokens.to(device), targets=targets.to(device))  # (B, T)
+                losses = model(tokens, targets=wanted) if plan is None else model(tokens, plan(model, tokens), wanted)
             nats += losses.to(nats.dtype).sum()
             counted = targets[targets != IGNORE].numpy()
             tokens_seen += counted.size
@@ -138,23 +140,24 @@ def score_batches(model, batches, sizes=None, dtype=None):
     return Score(float(nats), tokens_seen, bytes_seen)
 
 
-def score(model, data, tokenizer=None, max_tokens=None, batch_size=None, dtype=None):
+def score(model, data, tokenizer=None, max_tokens=None, batch_size=None, dtype=None, plan=None):
     """The `Score` of a model on held-out tokens, in windows that do not overlap.
 
     Args:
         model: ``model(tokens, targets=targets)`` gives nats per token; has ``config.block_size``.
-        data: a `TokenDataset`, or the tokens of one text (tensor, array or list).
+        data: a `TokenDataset` (or what has its ``windows``), or the tokens of one text (tensor, array or list).
         tokenizer: counts the bytes of plain tokens (a `TokenDataset` knows its own).
         max_tokens: look at no more, in windows spread evenly over the data.
         batch_size: windows of one forward; by default about `tokens_at_once` tokens.
+        plan: who attends to whom, as for `score_batches`.
     """
     known = hasattr(data, "windows")
     block = data.block_size if known else model.config.block_size
     batch_size = batch_size or max(1, tokens_at_once(model) // block)
     if known:
-        return score_batches(model, data.windows(batch_size, max_tokens), data.token_bytes, dtype)
+        return score_batches(model, data.windows(batch_size, max_tokens), data.token_bytes, dtype, plan)
     batches = _windows(data, block, batch_size, max_tokens)
-    return score_batches(model, batches, None if tokenizer is None else token_bytes(tokenizer), dtype)
+    return score_batches(model, batches, None if tokenizer is None else token_bytes(tokenizer), dtype, plan)
 
 
 def _windows(tokens, block_size, batch_size, max_tokens):
@@ -172,9 +175,9 @@ def _windows(tokens, block_size, batch_size, max_tokens):
     return zip(x.view(count, width).split(batch_size), y.view(count, width).split(batch_size))
 
 
-def validation_loss(model, data, max_tokens=None, batch_size=None, dtype=None):
+def validation_loss(model, data, max_tokens=None, batch_size=None, dtype=None, plan=None):
     """Nats per token on held-out data; arguments as for `score`."""
-    return score(model, data, None, max_tokens, batch_size, dtype).loss
+    return score(model, data, None, max_tokens, batch_size, dtype, plan).loss
 
 
 def perplexity(model, data, max_tokens=None, batch_size=None, dtype=None):

@@ -73,8 +73,10 @@ def default_source() -> Path:
 
 
 def newest_checkpoint(folder) -> Path | None:
-    """The .pt file below `folder` that was written last."""
-    return max(Path(folder).rglob("*.pt"), key=lambda path: path.stat().st_mtime, default=None)
+    """The best.pt of the run below `folder` that wrote last, or the .pt file itself where there is none beside it."""
+    newest = max(Path(folder).rglob("*.pt"), key=lambda path: path.stat().st_mtime, default=None)
+    best = newest.with_name("best.pt") if newest else None
+    return best if best and best.is_file() else newest
 
 
 def load_checkpoint(path, device="cpu", dtype: torch.dtype | None = None):

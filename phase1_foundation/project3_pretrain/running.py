@@ -8,12 +8,14 @@ Each component is explained with paper references for educational purposes.
 """
 
 import contextlib
+import dataclasses
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from common import checkpoint
 from common.checkpoint import CheckpointError
@@ -28,7 +30,7 @@ from phase1_foundation.project3_pretrain.hooks import (
 )
 from phase1_foundation.project3_pretrain.optimizers import build_optimizer
 from phase1_foundation.project3_pretrain.schedules import SCHEDULES
-from phase1_foundation.project3_pretrain.trainer import Step
+from phase1_foundation.project3_pretrain.trainer import Step, fit
 
 FILES = ("last.pt", "previous.pt", "best.pt", "metrics.jsonl", "curves.png")  # what a run leaves in OUT_DIR
 MOST_SEQUENCES = 64  # of one forward; more are hardly faster
@@ -56,6 +58,14 @@ def set_determinism(s):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.set_float32_matmul_precision("highest" if s.DETERMINISTIC else "high")
+
+
+def set_dropout(model, dropout):
+    """Give a loaded model the dropout of a new run."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
+    model.config = dataclasses.replace(model.config, dropout=dropout)
 
 
 def autocast_dtype(s):
@@ -228,6 +238,47 @@ def build_hooks(run, model, about, start, measure, write):
         Sample(judged(write), s.SAMPLE_EVERY, run),
         Checkpoint(s.OUT_DIR, lambda: about, s.SAVE_EVERY, start.best, start.step, averaged),
     ]
+
+
+def train(run, model, objective, train_set, about, measure, write):
+    """
+    A training run from begin to end: every training script builds its model and data, and calls this
+
+    PAPER: arXiv:2204.02311 (PaLM), section 5.
+    PAPER CONTEXT: the paper lists what makes up its training setup: optimizer, schedule, batches, loss, restarts.
+    INTUITION: the stages of a model's schooling differ in books and in marks, not in how a school day goes.
+    IMPLEMENTATION: step and schedule by the settings; go on where an earlier run stopped; compile; choose the micro
+        batch; `fit` with the usual hooks.
+    WHY: pre-training, fine-tuning and alignment share one loop and one way to be interrupted.
+
+    Args:
+        model: on its device, changed as its transforms say, not compiled.
+        objective: as `Step` takes it.
+        train_set: has ``batches(seed, batch_size, micro_batch_size, rank, world_size)``.
+        about: what `describe` returned.
+        measure, write: as for `build_hooks`.
+
+    Returns:
+        The final `TrainState`, or None where the run in OUT_DIR was finished already.
+    """
+    s = run.settings
+    step = build_step(s, model, objective)
+    start = begin(run, step, about)
+    if start.step >= s.MAX_STEPS:
+        run.print(f"the run in {s.OUT_DIR} has finished its {start.step} steps: "
+                  f"give a larger --max_steps, or --no_resume")  # fmt: skip
+        return None
+    if s.COMPILE:
+        model.compile()
+    sequences = s.BATCH_TOKENS // s.BLOCK_SIZE
+    micro = s.MICRO_BATCH or choose_micro_batch(model, sequences // run.world_size, run.device)
+    run.print(f"batch of {sequences} x {s.BLOCK_SIZE} tokens, {micro} sequences a forward")
+    batches = train_set.batches(s.SEED, sequences, micro, run.rank, run.world_size)
+    state = fit(step, batches, build_schedule(s), build_hooks(run, model, about, start, measure, write), start.step,
+                s.SEED)  # fmt: skip
+    if state.iter < state.total:
+        say_how_to_continue(run, state)
+    return state
 
 
 def say_how_to_continue(run, state):

@@ -18,12 +18,12 @@ from common.progress import track
 from common.run import Run
 from phase1_foundation.project3_pretrain.data import TokenDataset
 from phase1_foundation.project3_pretrain.evaluation import Score, score, score_text
-from phase1_foundation.project3_pretrain.loading import load
+from phase1_foundation.project3_pretrain.loading import default_source, load
 from phase1_foundation.project3_pretrain.token_file import fingerprint_of
 from phase1_foundation.project3_pretrain.zero_shot import blimp, lambada
 
 # == Scoring ==
-CHECKPOINT: str | None = None  # a checkpoint, a Hugging Face folder or org/name; none: the bundled model
+CHECKPOINT: str | None = None  # a checkpoint, a Hugging Face folder or org/name; none: bundled, else newest
 DEVICE = pick_device()  # cuda, mps or cpu
 DTYPE = "bfloat16" if DEVICE == "cuda" else "float32"  # autocast type of the forward
 BLIMP: str | None = str(DATA / "eval" / "blimp_sample.jsonl")  # file or folder of minimal pairs; none skips the test
@@ -60,7 +60,9 @@ def main(argv=None):
     """Run the script."""
     with Run(sys.modules[__name__], argv, description=__doc__) as run:
         s = run.settings
-        model, tokenizer = load(s.CHECKPOINT)
+        source = s.CHECKPOINT or default_source()
+        run.print(f"scoring {source}")
+        model, tokenizer = load(source)
         if tokenizer is None:
             raise ValueError(
                 f"CHECKPOINT={s.CHECKPOINT} holds a model without a tokenizer, and what is scored is text: use one "
@@ -79,7 +81,7 @@ def main(argv=None):
             result = lambada(model, tokenizer, s.LAMBADA, s.LIMIT, dtype)
             run.print(
                 f"LAMBADA: {result.accuracy:.1%} of {result.passages} last words guessed, "
-                f"perplexity of the word {result.perplexity:,.1f}"
+                f"perplexity of the word {result.perplexity:.4g}"
             )
 
 

@@ -17,7 +17,7 @@ from phase1_foundation.project1_minimal_gpt.char_tokenizer import CharTokenizer
 from phase1_foundation.project2_tokenizer.bytes_alphabet import to_printable
 from phase1_foundation.project2_tokenizer.tokenizer import BPETokenizer
 from phase1_foundation.project3_pretrain import preparation, token_file
-from phase1_foundation.project3_pretrain.data import TokenDataset, TokenFileError, TokenWriter, write_tokens
+from phase1_foundation.project3_pretrain.data import Batches, TokenDataset, TokenFileError, TokenWriter, write_tokens
 from phase1_foundation.project3_pretrain.download_data import articles
 from phase1_foundation.project3_pretrain.hub_tokenizer import ForeignTokenizer
 from phase1_foundation.project3_pretrain.preparation import find_inputs, is_held_out, load_tokenizer, prepare
@@ -290,7 +290,7 @@ def test_ranks_share_the_same_global_batch(dataset, world_size):
 
 
 def test_an_epoch_reads_every_window_once_and_borders_move(dataset):
-    size = dataset.batches(7, 1, 1).epoch_size
+    size = dataset.epoch_size
     assert size == (1000 - 8) // 8
     offsets = set()
     for epoch in range(6):
@@ -302,9 +302,29 @@ def test_an_epoch_reads_every_window_once_and_borders_move(dataset):
     assert len(offsets) > 2 and max(offsets) < 8
 
 
+class Letters:
+    """Five rows of two kinds, as a later project might train on: all that `Batches` asks for."""
+
+    epoch_size = 5
+
+    def rows(self, places, key):
+        return torch.from_numpy(places), torch.from_numpy(places * 10), torch.full((len(places),), key % 1000)
+
+
+def test_batches_of_anything_that_has_rows():
+    batches = Batches(Letters(), seed=3, batch_size=4, micro_batch_size=3)
+    first, second = batches[0]
+    assert [len(column) for column in (*first, *second)] == [3, 3, 3, 1, 1, 1]
+    seen = [int(place) for step in range(5) for micro in batches[step] for place in micro[0]]
+    assert all(sorted(seen[i : i + 5]) == list(range(5)) for i in range(0, 20, 5))  # four epochs, each read once
+    assert len({tuple(seen[i : i + 5]) for i in range(0, 20, 5)}) > 1
+    places, tens, _ = batches[1][0]
+    assert torch.equal(tens, places * 10)
+
+
 def test_a_batch_may_be_larger_than_an_epoch(tmp_path):
     dataset = make(tmp_path / "tiny.bin", n=1, block_size=16)
-    assert dataset.batches(0, 1, 1).epoch_size == 1
+    assert dataset.epoch_size == 1
     tokens, _ = dataset.batches(0, 50, 50)[2][0]
     text = dataset.tokens.tolist()
     assert all(row in [text[i : i + 16] for i in range(len(text) - 16)] for row in tokens.tolist())

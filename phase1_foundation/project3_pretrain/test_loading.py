@@ -226,6 +226,9 @@ def test_nothing_given(tmp_path):
         os.utime(tmp_path / "checkpoints" / name, (stamp, stamp))
     assert torch.equal(load()[0](tokens()), model(1)(tokens()))  # the newest
     assert torch.equal(load(tmp_path / "checkpoints/project3")[0](tokens()), model(0)(tokens()))
+    for seed, name in enumerate(("best.pt", "last.pt"), 3):
+        checkpoint.save(tmp_path / "checkpoints/project4" / name, saved(model(seed)))
+    assert torch.equal(load()[0](tokens()), model(3)(tokens()))  # of the newest run the best, which was written before
     to_huggingface(model(2), None, tmp_path / "models" / "bundled")
     assert torch.equal(load()[0](tokens()), model(2)(tokens()))
 

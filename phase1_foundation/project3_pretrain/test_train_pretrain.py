@@ -202,7 +202,7 @@ def test_a_new_run_leaves_nothing_of_an_old_one_to_be_resumed(whole, data, capsy
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_pretrain, "fit", killed)
+        patch.setattr(running, "fit", killed)
         with pytest.raises(SystemExit):
             _main(*data, "--out_dir", str(tmp_path), *flags)
     assert "of an earlier run to *.old" in capsys.readouterr().out

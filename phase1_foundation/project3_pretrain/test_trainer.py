@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from common import checkpoint
+from phase1_foundation.project3_pretrain.evaluation import score_batches
 from phase1_foundation.project3_pretrain.hooks import (
     Checkpoint,
     Evaluate,
@@ -21,6 +22,7 @@ from phase1_foundation.project3_pretrain.hooks import (
 )
 from phase1_foundation.project3_pretrain.model import ModelConfig, Transformer
 from phase1_foundation.project3_pretrain.optimizers import build_optimizer
+from phase1_foundation.project3_pretrain.plans import Packed
 from phase1_foundation.project3_pretrain.schedules import cosine
 from phase1_foundation.project3_pretrain.shuffle import mix
 from phase1_foundation.project3_pretrain.trainer import DivergedError, NextToken, Step, fit, flops_per_token
@@ -48,6 +50,20 @@ def _step(seed=0, optimizer="muon", config=TINY, clip=1.0):
 
 def _weights(step):
     return torch.cat([p.detach().flatten() for p in step.model.parameters()])
+
+
+def test_a_plan_keeps_packed_documents_apart():
+    model = Transformer(ModelConfig(**{**TINY.to_dict(), "dropout": 0.0}))
+    objective = NextToken(lambda model, tokens: Packed.at_marks(tokens, 0, model.specs, model.kernel))
+    documents = [torch.tensor([0, 5, 9]), torch.tensor([0, 7, 7, 2, 4])]
+    row = torch.cat(documents)
+    targets = torch.cat([torch.cat([document[1:], torch.tensor([-100])]) for document in documents])
+    packed = objective(model, (row[None], targets[None]))
+    alone = sum(NextToken()(model, (document[None, :-1], document[None, 1:])) for document in documents)
+    torch.testing.assert_close(packed, alone)
+    assert abs(packed - NextToken()(model, (row[None], targets[None]))) > 1e-4  # without it they see each other
+    held_out = score_batches(model, [(row[None], targets[None])], plan=objective.plan)
+    assert held_out.nats == pytest.approx(float(alone.detach()), rel=1e-5) and held_out.tokens == 6
 
 
 def test_micro_batches_with_unequal_masks_give_the_gradient_of_one_batch():
@@ -184,7 +200,7 @@ def test_a_step_without_a_token_that_counts_says_so():
 def test_the_auxiliary_loss_weighs_the_same_under_every_mask():
     step, (tokens, targets) = _step(), Batches(1, 4)[0][0]
     step.model.auxiliary_losses = lambda: torch.tensor(0.25)
-    model = lambda tokens, targets: torch.zeros(tokens.shape)  # noqa: E731
+    model = lambda tokens, plan, targets: torch.zeros(tokens.shape)  # noqa: E731
     model.auxiliary_losses = step.model.auxiliary_losses
     masked = targets.clone()
     masked[:3] = -100

@@ -10,16 +10,14 @@ diverged says which of the two to go back to: to take previous.pt, delete last.p
 --learning_rate. --no_resume renames what an earlier run left to *.old and starts anew.
 """
 
-import dataclasses
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from common import catalog
 from common.run import Run
-from phase1_foundation.project3_pretrain import config
+from phase1_foundation.project3_pretrain import config, running
 from phase1_foundation.project3_pretrain.data import TokenDataset
 from phase1_foundation.project3_pretrain.evaluation import bits_per_byte, validation_loss
 from phase1_foundation.project3_pretrain.hooks import plot_metrics
@@ -29,18 +27,13 @@ from phase1_foundation.project3_pretrain.preparation import prepare
 from phase1_foundation.project3_pretrain.presets import PRESETS
 from phase1_foundation.project3_pretrain.running import (
     autocast_dtype,
-    begin,
-    build_hooks,
-    build_schedule,
-    build_step,
-    choose_micro_batch,
     describe,
     files_of,
-    say_how_to_continue,
     set_determinism,
+    set_dropout,
 )
 from phase1_foundation.project3_pretrain.token_file import fingerprint_of
-from phase1_foundation.project3_pretrain.trainer import NextToken, fit
+from phase1_foundation.project3_pretrain.trainer import NextToken
 from phase1_foundation.project3_pretrain.writing import write
 
 
@@ -58,28 +51,13 @@ def train(run):
     model = catalog.apply(build_model(run, train_set), s.USE).to(run.device)
     count = sum(p.numel() for p in model.parameters())
     run.print(f"{s.CHECKPOINT or s.MODEL}: {count / 1e6:.2f}M parameters; {train_set.n_tokens:,} training tokens")
-    step = build_step(s, model, NextToken())
     about = describe(s, model, tokenizer, position_of(train_set))
-    start = begin(run, step, about)
-    if start.step >= s.MAX_STEPS:
-        run.print(f"the run in {s.OUT_DIR} has finished its {start.step} steps: "
-                  f"give a larger --max_steps, or --no_resume")  # fmt: skip
-        return None
-    if s.COMPILE:
-        model.compile()
-    sequences = s.BATCH_TOKENS // s.BLOCK_SIZE
-    micro = s.MICRO_BATCH or choose_micro_batch(model, sequences // run.world_size, run.device)
-    run.print(f"batch of {sequences} x {s.BLOCK_SIZE} tokens, {micro} sequences a forward")
-    batches = train_set.batches(s.SEED, sequences, micro, run.rank, run.world_size)
 
     def measure():
         return validation_loss(model, val_set, max_tokens=s.EVAL_TOKENS, dtype=autocast_dtype(s))
 
-    hooks = build_hooks(run, model, about, start, measure, lambda: write_sample(model, tokenizer, s))
-    state = fit(step, batches, build_schedule(s), hooks, start.step, s.SEED)
-    if state.iter < state.total:
-        say_how_to_continue(run, state)
-    elif run.is_main:
+    state = running.train(run, model, NextToken(), train_set, about, measure, lambda: write_sample(model, tokenizer, s))
+    if state and state.iter == state.total and run.is_main:
         conclude(run, val_set)
     return state
 
@@ -136,10 +114,7 @@ def load_initial(run, train_set):
             f"BLOCK_SIZE={s.BLOCK_SIZE} exceeds the block_size={shape.block_size} of CHECKPOINT={s.CHECKPOINT}: "
             f"use --block_size {shape.block_size}"
         )
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = s.DROPOUT
-    model.config = dataclasses.replace(shape, dropout=s.DROPOUT)
+    set_dropout(model, s.DROPOUT)
     run.print(f"initial weights from {s.CHECKPOINT}; MODEL={s.MODEL} is ignored, DROPOUT={s.DROPOUT} applies; "
               f"windows of {s.BLOCK_SIZE} of its {shape.block_size} tokens")  # fmt: skip
     return model

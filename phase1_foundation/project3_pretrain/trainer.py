@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from phase1_foundation.project3_pretrain.head import IGNORE
 from phase1_foundation.project3_pretrain.shuffle import mix
 
 
@@ -33,18 +34,26 @@ class NextToken:
     IMPLEMENTATION: the model gives the loss per token; this returns the sum over the batch and, separately, says how
         many tokens count. The trainer divides by the count over all micro batches and ranks.
     WHY: a mean of means weighs micro batches with unequal masks wrongly; a sum over a count cannot.
+
+    Args:
+        plan: ``plan(model, tokens)`` makes the `Plan` of a batch (None: whole rows, `Causal`); packed conversations
+            and masked documents come in here.
     """
+
+    def __init__(self, plan=None):
+        self.plan = plan or (lambda model, tokens: None)
 
     def count(self, batch):
         """How many targets of a batch (tokens, targets) count; known before the forward."""
-        return int((batch[1] != -100).sum())
+        return int((batch[1] != IGNORE).sum())
 
     def __call__(self, model, batch):
         """The summed loss of a batch, in nats: a 0-d float32 tensor."""
         tokens, targets = batch
-        counted = (targets != -100).sum()  # `count`, left on the device: fetching it would make a GPU wait
+        counted = (targets != IGNORE).sum()  # `count`, left on the device: fetching it would make a GPU wait
+        losses = model(tokens, self.plan(model, tokens), targets)
         # The trainer divides by the count: weighed by it, the auxiliary term weighs the same under every mask.
-        return model(tokens, targets=targets).sum() + model.auxiliary_losses() * counted
+        return losses.sum() + model.auxiliary_losses() * counted
 
 
 class Step:

@@ -8,20 +8,27 @@ Each component is explained with paper references for educational purposes.
 """
 
 import torch
+from torch import nn
 
 from phase1_foundation.project1_minimal_gpt.sampling import generate
 
 
-class _KnownTokens:
-    """A model whose logits end where the tokenizer's vocabulary does, for `generate`.
+class KnownTokens(nn.Module):
+    """
+    A model whose logits end where the tokenizer's vocabulary does
 
-    Vocabularies are padded to a multiple of 64 for fast products; the padding must never be drawn.
+    PAPER: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), section 2.3 (50,257 tokens).
+    PAPER CONTEXT: the vocabulary's size is what the tokenizer needs, not what hardware likes.
+    INTUITION: seats that were only built to fill the row are not for sale.
+    IMPLEMENTATION: tokens (B, T) -> logits (B, T, vocab_size), for `generate` and `stream`.
+    WHY: vocabularies are padded to a multiple of 64 for fast products; the padding must never be drawn.
     """
 
     def __init__(self, model, vocab_size):
+        super().__init__()
         self.model, self.config, self.vocab_size = model, model.config, vocab_size
 
-    def __call__(self, tokens):
+    def forward(self, tokens):
         """Tokens (B, T) -> logits (B, T, vocab_size)."""
         return self.model(tokens)[..., : self.vocab_size]
 
@@ -47,7 +54,7 @@ def write(model, tokenizer, prompt, max_new_tokens, temperature=0.8, top_k=50, s
     training = model.training
     model.eval()
     with torch.compiler.set_stance("force_eager"):
-        known = _KnownTokens(model, tokenizer.vocab_size)
+        known = KnownTokens(model, tokenizer.vocab_size)
         out = generate(known, tokens, max_new_tokens, temperature=temperature, top_k=top_k, generator=generator)
     model.train(training)
     return tokenizer.decode(out[0, len(start) :].tolist() if not prompt else out[0].tolist())

@@ -1,0 +1,147 @@
+"""Talk to a fine-tuned model in the terminal.
+
+    uv run python chat.py
+    uv run python chat.py --checkpoint checkpoints/project4/best.pt --temperature 0.3
+    uv run python chat.py --system "Answer in one sentence."
+
+Commands: /reset forgets the conversation, /save FILE writes it as JSON, /quit leaves (as Ctrl-D does); Ctrl-C ends an
+answer, or at the prompt the chat.
+"""
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+from common import CHECKPOINTS
+from common import settings as common_settings
+from common.checkpoint import atomic_write
+from common.device import pick_device
+from common.run import Run, ask
+from phase1_foundation.project1_minimal_gpt.sampling import check_sampling
+from phase1_foundation.project3_pretrain.loading import load, newest_checkpoint
+from phase2_finetuning.project4_sft.answering import answer
+from phase2_finetuning.project4_sft.template import ChatTemplate
+
+# == Chat ==
+CHECKPOINT: str | None = None  # a fine-tuned checkpoint or a Hugging Face folder; none: project 4's newest
+DEVICE = pick_device()  # cuda, mps or cpu
+SYSTEM: str | None = None  # what the assistant is told before the conversation
+MAX_NEW_TOKENS = 256  # of one answer
+TEMPERATURE = 0.7  # 0: always the likeliest token
+TOP_K: int | None = 50  # keep only the k most likely tokens; none: all
+TOP_P: float | None = 0.95  # keep only the likeliest tokens that together reach this; none: all
+SEED: int | None = None  # same answers every time; none: other ones
+
+_COMMANDS = "/reset forgets the conversation, /save FILE writes it, /quit leaves; Ctrl-C ends an answer"
+_CUT = " [cut off]"  # shown behind an answer that the model did not end itself
+
+
+def validate_config(settings=None):
+    """Refuse what cannot work."""
+    s = settings or sys.modules[__name__]
+    check_sampling(s.TEMPERATURE, s.TOP_K, s.TOP_P)
+    if s.MAX_NEW_TOKENS < 1:
+        raise ValueError(f"MAX_NEW_TOKENS={s.MAX_NEW_TOKENS} must be at least 1")
+
+
+def print_config(settings=None):
+    """Print every constant with its value and meaning."""
+    common_settings.print_config(settings or sys.modules[__name__])
+
+
+def main(argv=None):
+    """Run the script."""
+    with Run(sys.modules[__name__], argv, description=__doc__, quiet=True) as run:
+        source = run.settings.CHECKPOINT or newest_checkpoint(CHECKPOINTS / "project4")
+        if source is None:
+            raise ValueError(
+                "there is no fine-tuned model yet: make one with `uv run python "
+                "phase2_finetuning/project4_sft/train_sft.py`, or name one with --checkpoint"
+            )
+        model, tokenizer = load(source, run.device)
+        if tokenizer is None:
+            raise ValueError(f"{source} has no tokenizer: use a model that was saved with its own")
+        _Conversation(model, ChatTemplate(tokenizer), run.settings).hold(f"Talking to {source}. {_COMMANDS}.")
+
+
+class _Conversation:
+    """What was said so far, and how it goes on."""
+
+    def __init__(self, model, template, settings):
+        self.model, self.template, self.settings = model, template, settings
+        self.reset()
+
+    def reset(self):
+        """Forget everything but the system's word."""
+        system = self.settings.SYSTEM
+        self.messages = [{"role": "system", "content": system}] if system else []
+        self.cut = set()  # places of answers that the model did not end itself
+
+    def hold(self, greeting):
+        """Read, answer, read, until /quit or the end of the input."""
+        print(greeting)
+        # From here Ctrl-C ends an answer or the chat, not a training step.
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            while (line := ask("> ")) is not None and self.react(line.strip()):
+                pass
+        finally:
+            signal.signal(signal.SIGINT, handler)
+
+    def react(self, line):
+        """Carry out a command or answer; returns False when the conversation is over."""
+        command, _, argument = line.partition(" ")
+        if command == "/quit":
+            return False
+        if command == "/reset":
+            self.reset()
+            print("(forgotten)")
+        elif command == "/save":
+            self.save(argument.strip())
+        elif command.startswith("/"):
+            print(_COMMANDS)
+        elif line:
+            self.say(line)
+        return True
+
+    def save(self, path):
+        """Write the conversation as one line of the format that train_sft.py reads, without exchanges cut off."""
+        dropped = self.cut | {place - 1 for place in self.cut}
+        kept = [message for place, message in enumerate(self.messages) if place not in dropped]
+        path = Path(path).expanduser()
+        if path == Path() or path.exists():
+            print(f"/save needs the name of a new file{f': {path} exists' if path != Path() else ''}")
+        elif kept[-1:] == [] or kept[-1]["role"] != "assistant":
+            print("there is no whole answer to save yet")
+        else:
+            try:
+                atomic_write(path, json.dumps({"messages": kept}, ensure_ascii=False) + "\n")
+                print(f"(wrote {path})")
+            except (OSError, ValueError) as error:
+                print(f"error: {error}")
+
+    def say(self, line):
+        """Answer what the user said, word by word; what was said before Ctrl-C stays in the conversation."""
+        self.messages.append({"role": "user", "content": line})
+        s, pieces, whole = self.settings, [], False
+        seed = None if s.SEED is None else s.SEED + len(self.messages)
+        words = answer(
+            self.model, self.template, self.messages, s.MAX_NEW_TOKENS, s.TEMPERATURE, s.TOP_K, s.TOP_P, seed
+        )
+        try:
+            while True:
+                pieces.append(next(words))
+                print(pieces[-1], end="", flush=True)
+        except StopIteration as end:
+            whole = end.value
+        except KeyboardInterrupt:
+            words.close()
+        print("" if whole else _CUT)
+        if not whole:
+            self.cut.add(len(self.messages))
+        self.messages.append({"role": "assistant", "content": "".join(pieces)})
+
+
+if __name__ == "__main__":
+    main()
