@@ -112,7 +112,7 @@ class _Conversation:
         path = Path(path).expanduser()
         if path == Path() or path.exists():
             print(f"/save needs the name of a new file{f': {path} exists' if path != Path() else ''}")
-        elif kept[-1:] == [] or kept[-1]["role"] != "assistant":
+        elif not kept or kept[-1]["role"] != "assistant":
             print("there is no whole answer to save yet")
         else:
             try:

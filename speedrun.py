@@ -1,6 +1,6 @@
 """From text to a language model in one command: tokenizer, data, pre-training, evaluation, report.
 
-    uv run python speedrun.py                  about ten minutes on two CPU cores
+    uv run python speedrun.py                  about six minutes on two CPU cores
     uv run python speedrun.py --preset h100    125M parameters on one H100
     uv run python speedrun.py --preset quick   under a minute, to see every stage work
 

@@ -11,9 +11,9 @@ Each component is explained with paper references for educational purposes.
 
 from collections.abc import Sequence
 
+from phase1_foundation.project3_pretrain.token_file import END_OF_TEXT
 from phase2_finetuning.project4_sft.conversations import Message, check_messages
 
-START = "<|endoftext|>"  # what a tokenizer without a mark between documents gets for one
 BEGIN = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}  # a turn opens with its role
 END = "<|end|>"  # and closes with this
 CHAT_TOKENS = (*BEGIN.values(), END)
@@ -48,8 +48,8 @@ class ChatTemplate:
         missing = [name for name in CHAT_TOKENS if name not in special]
         if missing or tokenizer.eot_id is None:
             raise ValueError(
-                f"the tokenizer has no {', '.join(missing) or START}: fine-tune the model first (train_sft.py adds "
-                f"what is missing), or add it with vocabulary.with_chat_tokens"
+                f"the tokenizer has no {', '.join(missing) or END_OF_TEXT}: fine-tune the model first (train_sft.py "
+                f"adds what is missing), or add it with vocabulary.with_chat_tokens"
             )
         if special[END] in tokenizer.encode(END):
             raise ValueError(

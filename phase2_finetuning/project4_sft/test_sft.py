@@ -108,7 +108,8 @@ def test_transformers_answers_as_we_do(template, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert theirs.generation_config.eos_token_id == sorted(template.stop_ids)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for question in ("Hi", "What?", "a", "tell me"):
+    compared = 0
+    for question in ("Hi", "What?", "a", "tell me", "b", "c", "d", "e", "f", "g"):
         prompt = tokenizer.apply_chat_template(ask(question), add_generation_prompt=True, return_tensors="pt",
                                                return_dict=False)  # fmt: skip
         out = theirs.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :].tolist()
@@ -117,6 +118,8 @@ def test_transformers_answers_as_we_do(template, tmp_path):
         if max(out, default=0) < template.tokenizer.vocab_size:  # transformers draws padding rows, too
             ours = "".join(answer(model, template, ask(question), 12, temperature=0.0))
             assert ours == template.tokenizer.decode(out)
+            compared += 1
+    assert compared
 
 
 @pytest.mark.parametrize(

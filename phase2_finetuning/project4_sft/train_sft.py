@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from common import CHECKPOINTS, DATA, catalog, stages
+from common.progress import track
 from common.run import Run
 from phase1_foundation.project3_pretrain import running
 from phase1_foundation.project3_pretrain.data import TokenDataset
@@ -125,7 +126,8 @@ def load_conversations(run, path, template):
     s = run.settings
     sets = []
     for part in split(read_conversations(path), s.VAL_FRACTION):
-        samples = [render_within(template, messages, s.BLOCK_SIZE + 1) for messages in part]
+        talks = track(part, label="rendering", unit="conversations")
+        samples = [render_within(template, messages, s.BLOCK_SIZE + 1) for messages in talks]
         if not samples:
             raise ValueError(f"{path} leaves nothing for one part at VAL_FRACTION={s.VAL_FRACTION}: give more text")
         sets.append(ConversationDataset(samples, s.BLOCK_SIZE, template.start_id))

@@ -15,12 +15,13 @@ from torch import nn
 
 from phase1_foundation.project2_tokenizer.bytes_alphabet import to_printable
 from phase1_foundation.project2_tokenizer.tokenizer import BPETokenizer
-from phase2_finetuning.project4_sft.template import CHAT_TOKENS, START
+from phase1_foundation.project3_pretrain.token_file import END_OF_TEXT
+from phase2_finetuning.project4_sft.template import CHAT_TOKENS
 
 
 def byte_tokenizer() -> BPETokenizer:
     """A tokenizer without merges, one token a byte, for examples and tests."""
-    return BPETokenizer({to_printable(bytes([i])): i for i in range(256)}, [], {"<|endoftext|>": 256}, rule="merges")
+    return BPETokenizer({to_printable(bytes([i])): i for i in range(256)}, [], {END_OF_TEXT: 256}, rule="merges")
 
 
 def with_chat_tokens(tokenizer: BPETokenizer) -> BPETokenizer:
@@ -30,8 +31,8 @@ def with_chat_tokens(tokenizer: BPETokenizer) -> BPETokenizer:
     """
     known = getattr(tokenizer, "special_tokens", {})  # a tokenizer of characters has none
     missing = [name for name in CHAT_TOKENS if name not in known]
-    if getattr(tokenizer, "eot_id", None) is None and START not in known:
-        missing.insert(0, START)
+    if getattr(tokenizer, "eot_id", None) is None and END_OF_TEXT not in known:
+        missing.insert(0, END_OF_TEXT)
     if not missing:
         return tokenizer
     if not isinstance(tokenizer, BPETokenizer):
