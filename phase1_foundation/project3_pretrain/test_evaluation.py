@@ -339,6 +339,8 @@ def test_the_script_scores_text_tokens_and_tests(tmp_path, monkeypatch, capsys, 
     (tmp_path / "a.txt").write_text("two lines\nof one text\n")
     script.main(
         [
+            "--checkpoint",
+            "the bigram",
             "--text",
             str(tmp_path / "a.txt"),
             "--tokens",
@@ -381,8 +383,9 @@ def test_the_script_needs_a_tokenizer_and_text(tmp_path, monkeypatch, capsys):
     assert stopped.value.code == 2 and "bare.pt holds a model without a tokenizer" in capsys.readouterr().err
     monkeypatch.setattr(script, "load", lambda checkpoint: (model, BYTES))
     with pytest.raises(SystemExit) as stopped:
-        script.main(flags)
-    assert stopped.value.code == 2 and "none.jsonl holds no text" in capsys.readouterr().err
+        script.main([*flags, "--checkpoint", "another"])
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and "none.jsonl holds no text" in printed.err and "scoring another" in printed.out
 
 
 if __name__ == "__main__":
