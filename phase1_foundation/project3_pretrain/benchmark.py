@@ -8,6 +8,7 @@ and, where a checkout is given, nanoGPT. Recipes: runs of train_pretrain.py on t
 as it is, so they can be trained beforehand. `--parts recipes` measures these alone and keeps the other rows.
 """
 
+import gc
 import importlib.util
 import re
 import shlex
@@ -36,6 +37,7 @@ from phase1_foundation.project3_pretrain.optimizers import build_optimizer
 from phase1_foundation.project3_pretrain.trainer import NextToken, Step, flops_per_token
 
 TRAIN = Path(train_pretrain.__file__)
+RECIPE_SEQUENCES = 480  # of one step of the default recipe on a GPU
 NO_BIAS = {"qkv_bias": False, "out_bias": False, "mlp_bias": False, "norm_bias": False}
 
 
@@ -81,12 +83,12 @@ def main(argv=None):
 class _Ours:
     """One optimizer step of our trainer, over `micros` micro batches of random tokens."""
 
-    def __init__(self, config, version, device, micro, micros):
+    def __init__(self, config, version, device, micro, micros, optimizer="adamw"):
         torch.manual_seed(0)
         self.model = catalog.apply(Transformer(config), version.uses).to(device)
         if version.float32_stream:
             self.model.use_stream(lambda x: torch.float32)
-        optimizer = build_optimizer(self.model, "adamw", 6e-4, 0.1)
+        optimizer = build_optimizer(self.model, optimizer, 6e-4, 0.1)
         dtype = torch.bfloat16 if device.type == "cuda" else None
         self.step = Step(self.model, NextToken(), optimizer, 1.0, dtype)
         if version.compiled:
@@ -171,6 +173,23 @@ def measure_gpu(report, s, device):
         del ours
         _forget()
     measure_rivals(report, s, device, limit, name_of_limit)
+    measure_recipe(report, s, device)
+
+
+def measure_recipe(report, s, device):
+    """The default recipe's model and optimizer, by the sequences of one forward: what `MOST_SEQUENCES` is chosen by."""
+    config = PRESETS["llama-125m"](vocab_size=50304)
+    version = _Version(uses=("cudnn", "fused_loss"))
+    for micro in (30, 40, 60):
+        torch.cuda.reset_peak_memory_stats(device)
+        ours = _Ours(config, version, device, micro, RECIPE_SEQUENCES // micro, "muon")
+        rate = measure({"recipe": ours}, s.REPEATS, 2, device)["recipe"].rate(ours.tokens)
+        memory = torch.cuda.max_memory_allocated(device) / 2**30
+        report.row(f"the recipe's step (Llama-125M, Muon), {micro} sequences a forward", rate[0], "tok/s",
+                   spread=rate[1:],
+                   note=f"{RECIPE_SEQUENCES} sequences a step, peak memory {memory:.1f} GiB")  # fmt: skip
+        del ours
+        _forget()
 
 
 def measure_rivals(report, s, device, limit, name_of_limit):
@@ -345,6 +364,7 @@ def train_recipe(report, s, name, flags):
     steps = [e for e in entries if "tokens" in e]
     points = [(e["step"] * steps[0]["tokens"] / 1e6, e["val_loss"]) for e in entries if "val_loss" in e]
     millions, losses = (list(column) for column in zip(*points))
+    _forget()  # the next run chooses its micro batch by the memory that is free
     report.series(f"validation loss, {name}", millions, losses)
     if report.device.type == "cuda":  # minutes on a CPU are never undisturbed
         speed = statistics.median(e["tokens_per_s"] for e in steps[len(steps) // 2 :])
@@ -355,6 +375,7 @@ def train_recipe(report, s, name, flags):
 
 def _forget():
     """Free what the last variant left in memory and in the compiler."""
+    gc.collect()
     torch._dynamo.reset()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
