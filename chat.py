@@ -1,8 +1,11 @@
-"""Talk to a fine-tuned model in the terminal.
+"""Talk to a model in the terminal.
 
     uv run python chat.py
-    uv run python chat.py --checkpoint checkpoints/project4/best.pt --temperature 0.3
+    uv run python chat.py --checkpoint HuggingFaceTB/SmolLM2-135M-Instruct --temperature 0.3
     uv run python chat.py --system "Answer in one sentence."
+
+Any checkpoint will do: one that was fine-tuned here is spoken to by project 4's template, one of the hub by its own,
+and one that was only pre-trained goes on with a transcript.
 
 Commands: /reset forgets the conversation, /save FILE writes it as JSON, /quit leaves (as Ctrl-D does); Ctrl-C ends an
 answer, or at the prompt the chat.
@@ -21,10 +24,10 @@ from common.run import Run, ask
 from phase1_foundation.project1_minimal_gpt.sampling import check_sampling
 from phase1_foundation.project3_pretrain.loading import load, newest_checkpoint
 from phase2_finetuning.project4_sft.answering import answer
-from phase2_finetuning.project4_sft.template import ChatTemplate
+from phase2_finetuning.project4_sft.other_templates import Transcript, template_for
 
 # == Chat ==
-CHECKPOINT: str | None = None  # a fine-tuned checkpoint or a Hugging Face folder; none: project 4's newest
+CHECKPOINT: str | None = None  # a checkpoint, a Hugging Face folder or org/name; none: the newest that was fine-tuned
 DEVICE = pick_device()  # cuda, mps or cpu
 SYSTEM: str | None = None  # what the assistant is told before the conversation
 MAX_NEW_TOKENS = 256  # of one answer
@@ -33,6 +36,7 @@ TOP_K: int | None = 50  # keep only the k most likely tokens; none: all
 TOP_P: float | None = 0.95  # keep only the likeliest tokens that together reach this; none: all
 SEED: int | None = None  # same answers every time; none: other ones
 
+_FINE_TUNED = ("project6", "project5", "project4", "speedrun/dpo", "speedrun/sft")  # below checkpoints/
 _COMMANDS = "/reset forgets the conversation, /save FILE writes it, /quit leaves; Ctrl-C ends an answer"
 _CUT = " [cut off]"  # shown behind an answer that the model did not end itself
 
@@ -53,16 +57,21 @@ def print_config(settings=None):
 def main(argv=None):
     """Run the script."""
     with Run(sys.modules[__name__], argv, description=__doc__, quiet=True) as run:
-        source = run.settings.CHECKPOINT or newest_checkpoint(CHECKPOINTS / "project4")
-        if source is None:
-            raise ValueError(
-                "there is no fine-tuned model yet: make one with `uv run python "
-                "phase2_finetuning/project4_sft/train_sft.py`, or name one with --checkpoint"
-            )
+        source = run.settings.CHECKPOINT or newest_fine_tuned()
         model, tokenizer = load(source, run.device)
-        if tokenizer is None:
-            raise ValueError(f"{source} has no tokenizer: use a model that was saved with its own")
-        _Conversation(model, ChatTemplate(tokenizer), run.settings).hold(f"Talking to {source}. {_COMMANDS}.")
+        template = template_for(tokenizer, source)
+        base = " (a base model: it only goes on with a transcript)" if isinstance(template, Transcript) else ""
+        _Conversation(model, template, run.settings).hold(f"Talking to {source}{base}. {_COMMANDS}.")
+
+
+def newest_fine_tuned():
+    """The checkpoint that fine-tuning wrote last; raises ValueError that tells how to make one."""
+    found = [path for folder in _FINE_TUNED if (path := newest_checkpoint(CHECKPOINTS / folder))]
+    if not found:
+        raise ValueError(
+            "there is no fine-tuned model yet: make one with `uv run python speedrun.py`, or name one with --checkpoint"
+        )
+    return max(found, key=lambda path: path.stat().st_mtime)
 
 
 class _Conversation:
@@ -131,12 +140,17 @@ class _Conversation:
         )
         try:
             while True:
-                pieces.append(next(words))
+                piece = next(words)
+                pieces.append(piece if pieces else piece.lstrip())
                 print(pieces[-1], end="", flush=True)
         except StopIteration as end:
             whole = end.value
         except KeyboardInterrupt:
             words.close()
+        except ValueError as error:  # a message that this model's template or tokenizer cannot take
+            self.messages.pop()
+            print(f"error: {error}")
+            return
         print("" if whole else _CUT)
         if not whole:
             self.cut.add(len(self.messages))

@@ -1,27 +1,29 @@
-"""From text to a language model in one command: tokenizer, data, pre-training, evaluation, report.
+"""From text to a model that chats in one command: tokenizer, pre-training, fine-tuning, preferences, report.
 
-    uv run python speedrun.py                  about six minutes on two CPU cores
+    uv run python speedrun.py                  about nine minutes on two CPU cores, then a chat
     uv run python speedrun.py --preset h100    125M parameters on one H100
     uv run python speedrun.py --preset quick   under a minute, to see every stage work
 
-A stage is skipped when its output stands and its inputs have not changed; an interrupted training resumes. The model
-lands in checkpoints/speedrun/, the report in report/report.md; those of the other presets in folders of their own.
+A stage is skipped when its output stands and its inputs have not changed; an interrupted training resumes. The models
+land in checkpoints/speedrun/ (pretrain, sft, dpo), the report in report/report.md; those of the other presets in
+folders of their own.
 """
 
 import datetime
 import json
 import lzma
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 
+import chat
 from common import CHECKPOINTS, DATA, ROOT
 from common import settings as common_settings
 from common.checkpoint import atomic_write
 from common.device import device_name, pick_device
-from common.plots import curves
 from common.progress import clock
 from common.run import Run
 from common.stages import Stages
@@ -33,27 +35,61 @@ from phase1_foundation.project3_pretrain.loading import load
 from phase1_foundation.project3_pretrain.running import set_aside
 from phase1_foundation.project3_pretrain.token_file import read_header
 from phase1_foundation.project3_pretrain.writing import write
+from phase2_finetuning.project4_sft import config as sft_config
+from phase2_finetuning.project4_sft import download_data as sft_download_data
+from phase2_finetuning.project4_sft import train_sft
+from phase2_finetuning.project4_sft.conversations import read_conversations, split
+from phase2_finetuning.project6_dpo import stage_report, train_dpo
+from phase2_finetuning.project6_dpo.preferences import read_preferences
 
 # == Speedrun ==
 DEVICE = pick_device()  # cuda, mps or cpu
 SEED = 1337  # of every stage
 PRESET = "cpu"  # cpu (a few million parameters), h100 (125M) or quick (a few steps of a tiny one: does all work?)
 TEXT: list[str] = []  # text files (.txt, .jsonl, also compressed); none: the bundled sample, or a download (h100)
+CONVERSATIONS: str | None = None  # to fine-tune on, JSON Lines; none: the bundled sample, or a download (h100)
+PRETRAIN_STEPS: int | None = None  # optimizer steps of pre-training; none: what suits the preset
 VOCAB_SIZE: int | None = None  # tokens of the vocabulary; none: what suits the preset
 REPORT_DIR: str | None = None  # report.md with curves and samples; none: report/, report_quick/ ...
 OUT_DIR: str | None = None  # tokenizer, checkpoints, metrics; none: checkpoints/speedrun/, speedrun_quick/ ...
 DATA_DIR: str | None = None  # tokenised data; none: data/speedrun/, data/speedrun_quick/ ...
+CHAT = True  # end in a chat with the model, where there is a terminal
 
 _BUNDLED = DATA / "sample_corpus.jsonl.xz"
+_BUNDLED_TALK = DATA / "sft_sample.jsonl.xz"
+_PREFERENCES = DATA / "polite_train.jsonl.xz", DATA / "polite_test.jsonl.xz"
 _PROMPTS = ("The ", "Once upon a time", "ROMEO:\n", "Water is")
 _FOLDERS = {"REPORT_DIR": ROOT / "report", "OUT_DIR": CHECKPOINTS / "speedrun", "DATA_DIR": DATA / "speedrun"}
-# preset -> flags of train_pretrain.py
+_QUICK = ["--block_size", "64", "--batch_tokens", "2048", "--warmup_steps", "4", "--eval_every", "20",
+          "--eval_tokens", "8192", "--sample_tokens", "16"]  # fmt: skip
+# preset -> stage -> flags of train_pretrain.py, train_sft.py and train_dpo.py
 _TRAINING = {
-    "cpu": ["--model", "cpu-small", "--block_size", "128", "--batch_tokens", "2048", "--max_steps", "500"],
-    "h100": ["--model", "llama-125m", "--block_size", "1024", "--batch_tokens", "491520", "--max_steps", "1000"],
-    "quick": ["--model", "cpu-tiny", "--block_size", "64", "--batch_tokens", "2048", "--max_steps", "40",
-              "--warmup_steps", "4", "--eval_every", "20", "--eval_tokens", "8192"],
-}  # fmt: skip
+    "cpu": {
+        "pretrain": ["--model", "cpu-small", "--block_size", "128", "--batch_tokens", "2048", "--max_steps", "500"],
+        "sft": ["--block_size", "128", "--batch_tokens", "2048", "--max_steps", "150"],
+        "dpo": ["--block_size", "128", "--batch_tokens", "2048"],
+    },
+    "h100": {
+        "pretrain": [
+            "--model",
+            "llama-125m",
+            "--block_size",
+            "1024",
+            "--batch_tokens",
+            "491520",
+            "--max_steps",
+            "1000",
+        ],
+        "sft": ["--block_size", "1024"],
+        "dpo": ["--block_size", "512"],
+    },
+    "quick": {
+        "pretrain": ["--model", "cpu-tiny", *_QUICK, "--max_steps", "40"],
+        "sft": [*_QUICK, "--max_steps", "10"],
+        "dpo": [*_QUICK, "--max_steps", "5", "--answers", "2"],
+    },
+}
+STAGES = {"pretrain": "pre-trained", "sft": "fine-tuned", "dpo": "preference-tuned"}  # folder -> what its model is
 
 
 def validate_config(settings=None):
@@ -65,9 +101,11 @@ def validate_config(settings=None):
         raise ValueError(f"PRESET=h100 needs a GPU, and DEVICE={s.DEVICE}: use --preset cpu")
     if s.VOCAB_SIZE is not None and s.VOCAB_SIZE < 257:
         raise ValueError(f"VOCAB_SIZE={s.VOCAB_SIZE} must be at least 257: one token a byte, and <|endoftext|>")
-    for text in s.TEXT:
-        if not Path(text).is_file():
-            raise ValueError(f"TEXT={text} is no file: give text files, or leave it out for the bundled sample")
+    if s.PRETRAIN_STEPS is not None and s.PRETRAIN_STEPS < 1:
+        raise ValueError(f"PRETRAIN_STEPS={s.PRETRAIN_STEPS} must be at least 1, or left out")
+    for name, path in [*(("TEXT", text) for text in s.TEXT), ("CONVERSATIONS", s.CONVERSATIONS)]:
+        if path is not None and not Path(path).is_file():
+            raise ValueError(f"{name}={path} is no file: give one, or leave it out for the bundled sample")
 
 
 def print_config(settings=None):
@@ -83,23 +121,42 @@ def main(argv=None):
                 other = "" if run.settings.PRESET == "cpu" else f"_{run.settings.PRESET}"
                 setattr(run.settings, name, f"{folder}{other}")
         speedrun(run.settings)
+        if run.settings.CHAT and sys.stdin.isatty() and sys.stdout.isatty():
+            talk(run.settings)
 
 
 def speedrun(s):
     """The way from text to a report, stage by stage."""
     out = Path(s.OUT_DIR)
     tokenizer, train, val = out / "tokenizer.pkl", Path(s.DATA_DIR) / "train.bin", Path(s.DATA_DIR) / "val.bin"
-    best, scores = out / "best.pt", out / "scores.json"
-    flags = _TRAINING[s.PRESET]
+    models = {stage: out / stage / "best.pt" for stage in STAGES}
+    scores, table, bars = out / "scores.json", out / "stages.md", out / "stages.png"
     stages = Stages(out / "stages.json")
-    texts = find_texts(s, stages)
+    texts, conversations = find_texts(s, stages), find_conversations(s, stages)
     stages.run("tokenizer and data", lambda fresh: prepare(texts, tokenizer, s), files=texts,
                settings=vocab_size(s), outputs=[tokenizer, train, val])  # fmt: skip
-    stages.run("pre-training", lambda fresh: pretrain(flags, tokenizer, s, fresh), files=[train, val],
-               settings=[flags, s.SEED], outputs=[best])  # fmt: skip
-    stages.run("evaluation", lambda fresh: evaluate(best, train, val, s, scores), files=[best, train, val],
-               outputs=[scores])  # fmt: skip
-    write_report(s, stages, texts, json.loads(scores.read_text(encoding="utf-8")))
+    inputs = {
+        "pretrain": ([train, val], ["--tokenizer", str(tokenizer), "--data_dir", s.DATA_DIR]),
+        "sft": ([models["pretrain"], conversations],
+                ["--checkpoint", str(models["pretrain"]), "--train_data_path", str(conversations)]),
+        "dpo": ([models["sft"], *_PREFERENCES],
+                ["--checkpoint", str(models["sft"]), "--train_data_path", str(_PREFERENCES[0]),
+                 "--val_data_path", str(_PREFERENCES[1])]),
+    }  # fmt: skip
+    scripts = {"pretrain": train_pretrain, "sft": train_sft, "dpo": train_dpo}
+    for stage, name in (("pretrain", "pre-training"), ("sft", "fine-tuning"), ("dpo", "preferences")):
+        files, places = inputs[stage]
+        stages.run(name, lambda fresh, stage=stage, places=places: train_stage(scripts[stage], stage, places, s, fresh),
+                   files=files, settings=[flags_of(stage, s), s.SEED], outputs=[models[stage]])  # fmt: skip
+    stages.run("evaluation", lambda fresh: evaluate(models, train, val, conversations, s, (scores, table, bars)),
+               files=[*models.values(), train, val, conversations], outputs=[scores, table, bars])  # fmt: skip
+    write_report(s, stages, [*texts, conversations], json.loads(scores.read_text(encoding="utf-8")))
+
+
+def talk(s):
+    """Talk to the last model, until the user leaves."""
+    print()
+    chat.main(["--checkpoint", str(Path(s.OUT_DIR) / "dpo" / "best.pt"), "--device", s.DEVICE])
 
 
 def find_texts(s, stages):
@@ -109,6 +166,15 @@ def find_texts(s, stages):
     path = Path(pretrain_config.TRAIN_DATA_PATH)
     stages.run("text", lambda fresh: download_data.main(["--size", "large"]), outputs=[path])
     return [path]
+
+
+def find_conversations(s, stages):
+    """What to fine-tune on: what CONVERSATIONS names, a download for the large preset, else the bundled sample."""
+    if s.CONVERSATIONS or s.PRESET != "h100":
+        return Path(s.CONVERSATIONS or _BUNDLED_TALK)
+    path = Path(sft_config.TRAIN_DATA_PATH)
+    stages.run("conversations", lambda fresh: sft_download_data.main(["--size", "medium"]), outputs=[path])
+    return path
 
 
 def vocab_size(s):
@@ -123,16 +189,40 @@ def prepare(texts, tokenizer, s):
                        "--tokenizer", str(tokenizer), "--vocab_size", str(vocab_size(s))])  # fmt: skip
 
 
-def pretrain(flags, tokenizer, s, fresh):
-    """Train the model (project 3); an interrupted run of the same settings continues."""
+def flags_of(stage, s):
+    """The flags of a training stage that its result depends on."""
+    steps = ["--max_steps", str(s.PRETRAIN_STEPS)] if stage == "pretrain" and s.PRETRAIN_STEPS else []
+    return [*_TRAINING[s.PRESET][stage], *steps]
+
+
+def train_stage(script, stage, places, s, fresh):
+    """Run a training script (projects 3, 4 and 6); an interrupted run of the same settings continues."""
+    out = Path(s.OUT_DIR) / stage
     if fresh:  # at once: interrupted before its first save, the new run must find nothing of the old one
-        set_aside(s.OUT_DIR)
-    places = ["--tokenizer", str(tokenizer), "--data_dir", s.DATA_DIR, "--out_dir", s.OUT_DIR]
-    train_pretrain.main([*flags, *places, "--seed", str(s.SEED), "--device", s.DEVICE])
+        set_aside(out)
+    script.main([*flags_of(stage, s), *places, "--out_dir", str(out), "--seed", str(s.SEED), "--device", s.DEVICE])
 
 
-def evaluate(best, train, val, s, path):
-    """Score the best model on the held-out documents, beside xz on the same bytes, and let it write (project 3)."""
+def evaluate(models, train, val, conversations, s, outputs):
+    """Judge all stages on the same held-out sets, and what the pre-trained model compresses beside xz."""
+    scores, table, bars = outputs
+    held_out = stage_report.HeldOut(
+        pretrain_data=val,
+        conversations=split(read_conversations(conversations), sft_config.VAL_FRACTION)[1],
+        preferences=read_preferences(_PREFERENCES[1]),
+        max_tokens=65_536,
+    )
+    print("examining every stage on the same held-out sets ...", flush=True)
+    paths = {name: models[stage] for stage, name in STAGES.items()}
+    found = stage_report.evaluate_stages(paths, held_out, s.DEVICE)
+    print(stage_report.plain(found, held_out.prompts))
+    compress(models["pretrain"], train, val, s, scores)
+    atomic_write(table, stage_report.markdown(found, held_out.prompts))
+    stage_report.draw(bars, found)
+
+
+def compress(best, train, val, s, path):
+    """Score the pre-trained model on the held-out documents, beside xz on the same bytes, and let it write."""
     model, tokenizer = load(best, device=s.DEVICE)
     held_out = TokenDataset(val, model.config.block_size, tokenizer.fingerprint)
     print("predicting the held-out documents ...", flush=True)
@@ -164,20 +254,17 @@ def plain_text(path, tokenizer):
 
 
 def write_report(s, stages, texts, scores):
-    """Write report/report.md with the curves beside it."""
-    folder, metrics = Path(s.REPORT_DIR), read_metrics(Path(s.OUT_DIR) / "metrics.jsonl")
-    series = {
-        name: tuple(zip(*[(entry["step"], entry[key]) for entry in metrics if key in entry]))
-        for name, key in (("training", "train_loss"), ("validation", "val_loss"))
-    }
-    curves(folder / "curves.png", series, "step", "loss (nats a token)", "Pre-training")
+    """Write report/report.md with its plots beside it."""
+    out, folder = Path(s.OUT_DIR), Path(s.REPORT_DIR)
+    metrics = read_metrics(out / "pretrain" / "metrics.jsonl")
     tokens = sum(entry.get("tokens", 0) for entry in metrics)
-    steps = max((entry["step"] for entry in metrics), default=0)
+    plots = {"stages.png": out / "stages.png"} | {f"{stage}.png": out / stage / "curves.png" for stage in STAGES}
     lines = [
         "# What the speedrun made",
         "",
         f"A model of {scores['parameters'] / 1e6:.1f}M parameters that read {tokens / 1e6:.1f}M tokens of "
-        f"{', '.join(text.name for text in texts)} in {steps:,} steps.",
+        f"{', '.join(text.name for text in texts[:-1])}, was fine-tuned on the conversations in {texts[-1].name}, and "
+        f"learned to prefer the polite answers of {_PREFERENCES[0].name}.",
         "",
         f"Preset `{s.PRESET}`, a vocabulary of {vocab_size(s):,}, {device_name(s.DEVICE)}, "
         f"{datetime.date.today().isoformat()}.",
@@ -186,10 +273,20 @@ def write_report(s, stages, texts, scores):
         "| --- | --- |",
         *(f"| {name} | {clock(seconds)} |" for name, seconds in stages.times()),
         "",
-        *quality(scores),
-        "![curves](curves.png)",
+        "## What each stage brought, and what it cost",
         "",
-        "## What it writes",
+        (out / "stages.md").read_text(encoding="utf-8"),
+        "![stages](stages.png)",
+        "",
+        "The reward accuracy compares with the fine-tuned model, which ties with itself: 50%. The perplexity is that "
+        "of a part of the documents held out of pre-training.",
+        "",
+        *quality(scores),
+        "## How it learned",
+        "",
+        *(f"![{name}]({stage}.png)" for stage, name in STAGES.items()),
+        "",
+        "## What the pre-trained model writes",
         "",
         "The beginning in bold was given.",
         "",
@@ -197,20 +294,22 @@ def write_report(s, stages, texts, scores):
         "## What to do with it",
         "",
         "```",
-        "uv run python phase1_foundation/project3_pretrain/score.py --checkpoint "
-        f"{os.path.relpath(Path(s.OUT_DIR) / 'best.pt', ROOT)}",
+        f"uv run python chat.py --checkpoint {os.path.relpath(out / 'dpo' / 'best.pt', ROOT)}",
         "```",
         "",
     ]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, source in plots.items():
+        shutil.copyfile(source, folder / name)
     atomic_write(folder / "report.md", "\n".join(lines))
-    print(f"\nThe report is in {folder / 'report.md'}, the model in {Path(s.OUT_DIR) / 'best.pt'}.")
+    print(f"\nThe report is in {folder / 'report.md'}, the model in {out / 'dpo' / 'best.pt'}.")
 
 
 def quality(scores):
     """The lines of the report that say how good the model is."""
     verdict = "fewer" if scores["bits_per_byte"] < scores["xz"] else "more"
     return [
-        "## How good it is",
+        "## How well the pre-trained model compresses",
         "",
         f"On {scores['held_out_bytes'] / 1e3:,.0f} kB of documents that it has not read:",
         "",

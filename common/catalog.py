@@ -14,7 +14,9 @@ import typing
 # group -> short name -> "module:function". A transform is `f(model, **json_args) -> model`.
 GROUPS = {
     # change what the model computes or stores: recorded in the checkpoint's recipe and replayed by `load`
-    "transforms": {},
+    "transforms": {
+        "lora": "phase2_finetuning.project5_lora.lora:add_lora",
+    },
     # change how it is computed, not what: never recorded
     "runtime": {
         "checkpointing": "phase1_foundation.project3_pretrain.checkpointing:checkpoint_activations",

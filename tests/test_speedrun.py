@@ -56,7 +56,7 @@ def test_an_interrupted_speedrun_continues_and_a_finished_one_does_nothing(flags
                 break
         rest, _ = process.communicate(timeout=280)
     assert process.returncode == 130, rest[-1000:]
-    stopped_at = load_checkpoint(f"{out}/last.pt")["iter"]
+    stopped_at = load_checkpoint(f"{out}/pretrain/last.pt")["iter"]
     assert 1 <= stopped_at < 40
 
     second = _run(flags)
@@ -65,11 +65,13 @@ def test_an_interrupted_speedrun_continues_and_a_finished_one_does_nothing(flags
     scores = json.loads(Path(out, "scores.json").read_text(encoding="utf-8"))
     assert 0 < scores["bits_per_byte"] < 8 and 0 < scores["xz"] < 8 and scores["held_out_bytes"] > 0
     page = Path(report, "report.md").read_text(encoding="utf-8")
-    assert f"{scores['bits_per_byte']:.3f}" in page and "curves.png" in page
+    assert f"{scores['bits_per_byte']:.3f}" in page
+    assert all(Path(report, name).is_file() and name in page for name in ("stages.png", "pretrain.png", "sft.png"))
+    assert all(f"| {name} |" in page for name in speedrun.STAGES.values()) and "What is a noun?" in page
 
     start = time.perf_counter()
     third = _run(flags)
-    assert third.count(": up to date") == 3
+    assert third.count(": up to date") == 5
     assert time.perf_counter() - start < 120
 
 
@@ -83,22 +85,41 @@ def test_presets_have_folders_of_their_own(monkeypatch):
     assert Path(seen[0][0]).name == "speedrun" and Path(seen[1][0]).name == "speedrun_quick" and seen[2][0] == "mine"
     with pytest.raises(SystemExit):
         speedrun.main(["--text", "nowhere.txt"])
+    with pytest.raises(SystemExit):
+        speedrun.main(["--conversations", "nowhere.jsonl"])
 
 
 def test_a_stage_with_other_settings_leaves_nothing_of_the_old_one(tmp_path, monkeypatch):
-    s = SimpleNamespace(OUT_DIR=str(tmp_path), DATA_DIR=str(tmp_path), SEED=1, DEVICE="cpu")
-    for name in ("last.pt", "previous.pt", "best.pt", "metrics.jsonl", "tokenizer.pkl"):
-        (tmp_path / name).write_text("old", encoding="utf-8")
+    s = SimpleNamespace(OUT_DIR=str(tmp_path), SEED=1, DEVICE="cpu", PRESET="quick", PRETRAIN_STEPS=7)
+    folder = tmp_path / "pretrain"
+    folder.mkdir()
+    for name in ("last.pt", "previous.pt", "best.pt", "metrics.jsonl", "notes.txt"):
+        (folder / name).write_text("old", encoding="utf-8")
 
     def interrupted(argv):
+        assert "7" in argv and str(folder) in argv
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(speedrun.train_pretrain, "main", interrupted)
+    script = SimpleNamespace(main=interrupted)
     for fresh, left in ((False, 5), (True, 1)):  # the same settings continue; others begin anew, whenever interrupted
         with pytest.raises(KeyboardInterrupt):
-            speedrun.pretrain([], tmp_path / "tokenizer.pkl", s, fresh)
-        assert len([path for path in tmp_path.iterdir() if path.suffix != ".old"]) == left
-    assert len(list(tmp_path.glob("*.old"))) == 4
+            speedrun.train_stage(script, "pretrain", [], s, fresh)
+        assert len([path for path in folder.iterdir() if path.suffix != ".old"]) == left
+    assert len(list(folder.glob("*.old"))) == 4
+
+
+def test_the_chat_at_the_end_needs_a_terminal(monkeypatch):
+    talked = []
+    monkeypatch.setattr(speedrun, "speedrun", lambda s: None)
+    monkeypatch.setattr(speedrun.chat, "main", talked.append)
+    speedrun.main(["--preset", "quick"])
+    assert not talked
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    speedrun.main(["--preset", "quick", "--no_chat"])
+    assert not talked
+    speedrun.main(["--preset", "quick"])
+    assert Path(talked[0][talked[0].index("--checkpoint") + 1]).parts[-2:] == ("dpo", "best.pt")
 
 
 if __name__ == "__main__":

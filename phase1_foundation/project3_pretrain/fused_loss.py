@@ -123,9 +123,11 @@ class FusedNLL(torch.autograd.Function):
         """grad (N,) -> gradients of x (N, C) and weight (V, C)."""
         x, w, d_logits = ctx.saved_tensors
         scale = grad.unsqueeze(-1)
-        grad_x = (d_logits @ w) * scale
+        grad_x = ((d_logits @ w) * scale).to(ctx.types[0])
+        if not ctx.needs_input_grad[1]:  # a frozen head, under adapters
+            return grad_x, None, None, None
         grad_weight = d_logits.T @ (x * scale).to(x.dtype)
-        return grad_x.to(ctx.types[0]), grad_weight.to(ctx.types[1]), None, None
+        return grad_x, grad_weight.to(ctx.types[1]), None, None
 
 
 def fused_nll(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

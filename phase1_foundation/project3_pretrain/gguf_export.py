@@ -47,7 +47,14 @@ TENSORS = {
 ARCHITECTURES = {"gpt2": "gpt2", "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
 
-def to_gguf(model: nn.Module, tokenizer, path, dtype: torch.dtype = torch.float16) -> Path:
+def to_gguf(
+    model: nn.Module,
+    tokenizer,
+    path,
+    dtype: torch.dtype = torch.float16,
+    chat_template: str | None = None,
+    end_of_turn: int | None = None,
+) -> Path:
     """Write `model` and its tokenizer as one GGUF file, which llama.cpp and what is built on it run.
 
     PAPER: "LLaMA: Open and Efficient Foundation Language Models", arXiv:2302.13971, section 2.2; RoPE:
@@ -62,6 +69,7 @@ def to_gguf(model: nn.Module, tokenizer, path, dtype: torch.dtype = torch.float1
         model: a `Transformer`; layers that were swapped are exported as their `to_linear()`.
         tokenizer: a byte-level BPE tokenizer with the rule "merges", or None for a file without a vocabulary.
         path: the .gguf file; dtype: torch.float16 or torch.float32.
+        chat_template, end_of_turn: of a model that chats, its template in Jinja and the token that ends an answer.
 
     Raises ValueError for what llama.cpp cannot express, ImportError without the library `gguf`.
     """
@@ -78,6 +86,10 @@ def to_gguf(model: nn.Module, tokenizer, path, dtype: torch.dtype = torch.float1
         writer.add_file_type(FILE_TYPES[dtype])
         add_shape(writer, architecture, model.config)
         add_tokenizer(writer, tokenizer, model.config.vocab_size)
+        if chat_template is not None:
+            writer.add_chat_template(chat_template)
+        if end_of_turn is not None:
+            writer.add_eot_token_id(end_of_turn)
         for name, tensor in gguf_tensors(architecture, model):
             kept = dtype if tensor.dim() > 1 else torch.float32
             writer.add_tensor(name, tensor.to("cpu", kept).contiguous().numpy())

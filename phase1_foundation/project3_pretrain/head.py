@@ -64,7 +64,8 @@ class _ChunkedNLL(torch.autograd.Function):
     def backward(ctx, grad):
         """d nll / d logits = softmax - one_hot(target), row by row times the incoming gradient."""
         x, weight, targets, log_z = ctx.saved_tensors
-        w, grad_weight, grad_x = weight.to(ctx.dtype), torch.zeros_like(weight, dtype=torch.float32), []
+        trained = ctx.needs_input_grad[1]  # else it is frozen, under adapters
+        w, grad_weight, grad_x = weight.to(ctx.dtype), weight.new_zeros(weight.shape if trained else 0).float(), []
         grad = torch.where(targets == IGNORE, 0.0, grad)
         parts = (tensor.split(ctx.chunk) for tensor in (x, targets, log_z, grad))
         for x_c, target_c, log_z_c, grad_c in zip(*parts, strict=True):
@@ -73,8 +74,9 @@ class _ChunkedNLL(torch.autograd.Function):
             p = p.scatter_add(-1, target_c.clamp(min=0).unsqueeze(-1), torch.full_like(p[:, :1], -1.0))
             d_logits = (p * grad_c.unsqueeze(-1)).to(ctx.dtype)
             grad_x.append((d_logits @ w).to(x.dtype))
-            grad_weight += d_logits.T @ x_c
-        return torch.cat(grad_x), grad_weight.to(weight.dtype), None, None, None
+            if trained:
+                grad_weight += d_logits.T @ x_c
+        return torch.cat(grad_x), grad_weight.to(weight.dtype) if trained else None, None, None, None
 
 
 def chunked_nll(x: Tensor, weight: Tensor, targets: Tensor, chunk: int = 4096) -> Tensor:

@@ -50,7 +50,8 @@ class Progress:
     def __call__(self, state):
         """Log the step, print it when it is time."""
         fields = {"loss": state.train_loss, "norm": state.grad_norm, "lr": state.lr_scale * self.peak_lr}
-        peak = peak_flops(self.run.device)
+        self.reporter.unit = state.step.objective.unit
+        peak = peak_flops(self.run.device) if self.reporter.unit == "tok" else None  # known FLOPs are those of a token
         if peak and self.reporter.rate:
             flops = flops_per_token(state.step.model, self.block_size) / state.step.world_size
             fields["mfu"] = f"{self.reporter.rate * flops / peak:.1%}"
@@ -71,8 +72,8 @@ class Evaluate:
     PAPER: arXiv:2203.15556 (Hoffmann et al.), section 3: models are compared by held-out loss.
     PAPER CONTEXT: the training loss of a model that sees data twice flatters it; a held-out set does not.
     INTUITION: stop, read something new, carry on.
-    IMPLEMENTATION: sets ``state.val_loss`` to ``measure()``, in nats per token, every `every` steps and at the end;
-        `measure` itself puts the model into evaluation mode, as `evaluation.score` does.
+    IMPLEMENTATION: sets ``state.val_loss`` to ``measure()`` every `every` steps and at the end; `measure` itself puts
+        the model into evaluation mode, as `evaluation.score` does. It may return a dict, with "val_loss" in it.
     WHY: the best checkpoint is chosen by it, and curves of two recipes are compared by it.
 
     Raises:
@@ -86,11 +87,15 @@ class Evaluate:
         """Evaluate when it is time."""
         if state.iter % self.every == 0 or state.iter == state.total:
             with torch.compiler.set_stance("force_eager"):  # compiling the evaluation would cost more than it saves
-                state.val_loss = self.measure()
+                found = self.measure()
+            figures = found if isinstance(found, dict) else {"val_loss": found}
+            state.val_loss = figures["val_loss"]
             if not math.isfinite(state.val_loss):
                 raise DivergedError(f"the validation loss became {state.val_loss}")
-            self.run.log(step=state.iter, val_loss=state.val_loss)
-            self.run.print(f"step {state.iter}/{state.total}  validation loss {state.val_loss:.4f} nats a token")
+            self.run.log(step=state.iter, **figures)
+            others = "".join(f"  {name} {value:.4f}" for name, value in figures.items() if name != "val_loss")
+            self.run.print(f"step {state.iter}/{state.total}  validation loss {state.val_loss:.4f} "
+                           f"{state.step.objective.loss_unit}{others}")  # fmt: skip
 
 
 class Checkpoint:

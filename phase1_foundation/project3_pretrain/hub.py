@@ -120,7 +120,7 @@ def resolve_folder(path_or_repo) -> Path:
             f"{path_or_repo} is no folder here, and to fetch it from the hub huggingface_hub is needed: "
             f"uv sync --group data"
         ) from error
-    patterns = ["*.json", "*.safetensors", "merges.txt"]
+    patterns = ["*.json", "*.safetensors", "merges.txt", "*.jinja"]
     try:
         return Path(snapshot_download(str(path_or_repo), allow_patterns=patterns, ignore_patterns=["*/*"]))
     except Exception as error:  # the hub's client raises errors of several libraries

@@ -130,8 +130,11 @@ class Family:
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict, with swapped layers (whatever has `to_linear`) as the plain linear layers they stand for."""
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    swapped = []
     for name, module in model.named_modules():
-        if hasattr(module, "to_linear"):
+        inside = any(name.startswith(f"{outer}.") for outer in swapped)  # the quantized layer under an adapter
+        if hasattr(module, "to_linear") and not inside:
+            swapped.append(name)
             state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.")}
             state |= {f"{name}.{key}": tensor.detach() for key, tensor in module.to_linear().state_dict().items()}
     return state

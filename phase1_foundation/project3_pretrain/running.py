@@ -88,15 +88,16 @@ def build_schedule(s):
     return SCHEDULES[s.SCHEDULE](s.MAX_STEPS, s.WARMUP_STEPS, **options)
 
 
-def choose_micro_batch(model, sequences, device):
-    """The largest divisor of a rank's `sequences` whose activations fit the free memory of a GPU (at most 64)."""
+def choose_micro_batch(model, sequences, device, row_tokens):
+    """The largest divisor of a rank's `sequences`, rows of so many tokens, whose activations fit the free memory of a
+    GPU (at most 64)."""
     fits = MOST_SEQUENCES
     if device.type == "cuda":
         c = model.config
         per_token = 40 * c.n_layer * c.n_embd + 4 * c.vocab_size  # bytes: compiled bf16 activations, and the logits
         states = 16 * sum(p.numel() for p in model.parameters())  # float32 weights, gradients and two moments
         free = 0.8 * torch.cuda.mem_get_info(device)[0] - states
-        fits = max(1, min(fits, int(free / (per_token * c.block_size))))
+        fits = max(1, min(fits, int(free / (per_token * row_tokens))))
     return max(n for n in range(1, min(fits, sequences) + 1) if sequences % n == 0)
 
 
@@ -209,7 +210,7 @@ def build_hooks(run, model, about, start, measure, write):
         model: the one that is trained.
         about: what `describe` returned.
         start: what `begin` returned.
-        measure: ``measure() -> float``, the validation loss.
+        measure: ``measure() -> float``, the validation loss, or a dict of figures with "val_loss" among them.
         write: ``write() -> str``, a sample.
 
     With EMA, both see the averaged weights, and ``best.pt`` holds them.
@@ -254,7 +255,8 @@ def train(run, model, objective, train_set, about, measure, write):
     Args:
         model: on its device, changed as its transforms say, not compiled.
         objective: as `Step` takes it.
-        train_set: has ``batches(seed, batch_size, micro_batch_size, rank, world_size)``.
+        train_set: has ``batches(seed, batch_size, micro_batch_size, rank, world_size)``, and `block_size`, the length
+            of its rows.
         about: what `describe` returned.
         measure, write: as for `build_hooks`.
 
@@ -271,7 +273,7 @@ def train(run, model, objective, train_set, about, measure, write):
     if s.COMPILE:
         model.compile()
     sequences = s.BATCH_TOKENS // s.BLOCK_SIZE
-    micro = s.MICRO_BATCH or choose_micro_batch(model, sequences // run.world_size, run.device)
+    micro = s.MICRO_BATCH or choose_micro_batch(model, sequences // run.world_size, run.device, train_set.block_size)
     run.print(f"batch of {sequences} x {s.BLOCK_SIZE} tokens, {micro} sequences a forward")
     batches = train_set.batches(s.SEED, sequences, micro, run.rank, run.world_size)
     state = fit(step, batches, build_schedule(s), build_hooks(run, model, about, start, measure, write), start.step,

@@ -9,7 +9,7 @@ import torch
 
 from common.kernels import relative_error
 from phase1_foundation.project3_pretrain.fused_loss import fused_nll, nll_and_gradient, reference
-from phase1_foundation.project3_pretrain.head import plain_nll
+from phase1_foundation.project3_pretrain.head import chunked_nll, plain_nll
 
 
 def _inputs(dtype=torch.float32, device="cpu", rows=13, vocab=37):
@@ -30,6 +30,18 @@ def test_values_and_gradients_of_the_plain_loss():
         results.append((nll.detach(), x.grad, weight.grad))
     for plain, fused in zip(*results):
         torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("loss", [fused_nll, chunked_nll])
+def test_a_frozen_head_has_no_gradient(loss, compiled):
+    x, weight, targets, upstream = _inputs()
+    expected = torch.autograd.grad((plain_nll(x, weight, targets) * upstream).sum(), x)[0]
+    weight.requires_grad_(False)
+    loss = torch.compile(loss, backend="aot_eager") if compiled else loss
+    (loss(x, weight, targets) * upstream).sum().backward()
+    torch.testing.assert_close(x.grad, expected, rtol=1e-5, atol=1e-6)
+    assert weight.grad is None
 
 
 KERNEL_TEST = """

@@ -265,7 +265,7 @@ def test_an_unchanged_run_is_resumed_without_notes(whole, data, capsys):
 
 def test_micro_batches_are_the_largest_that_divide():
     model, cpu = Transformer(PRESETS["cpu-tiny"]()), torch.device("cpu")
-    sizes = [running.choose_micro_batch(model, sequences, cpu) for sequences in (1, 48, 64, 96, 480, 67)]
+    sizes = [running.choose_micro_batch(model, sequences, cpu, 64) for sequences in (1, 48, 64, 96, 480, 67)]
     assert sizes == [1, 48, 64, 48, 60, 1]
 
 

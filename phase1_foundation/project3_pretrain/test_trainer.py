@@ -312,6 +312,8 @@ def test_flops_by_hand():
     model = Transformer(ModelConfig(vocab_size=50304, block_size=64, n_layer=1, n_head=2, n_embd=32))
     matrices = 4 * 32 * 32 + 2 * 32 * 128 + 50304 * 32
     assert flops_per_token(model, 64) == 6 * matrices + 12 * 1 * 32 * 64
+    model.requires_grad_(False)  # forward, and the gradient of what comes in
+    assert flops_per_token(model, 64) == 4 * matrices + 12 * 1 * 32 * 64
 
 
 if __name__ == "__main__":

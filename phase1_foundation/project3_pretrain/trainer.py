@@ -40,6 +40,9 @@ class NextToken:
             and masked documents come in here.
     """
 
+    unit = "tok"  # what `count` counts, as progress names it
+    loss_unit = "nats a token"
+
     def __init__(self, plan=None):
         self.plan = plan or (lambda model, tokens: None)
 
@@ -69,7 +72,7 @@ class Step:
 
     Args:
         model: takes (tokens, targets=...); already on its device.
-        objective: has ``count(batch)`` and ``objective(model, batch)`` as `NextToken`.
+        objective: has ``count(batch)``, ``objective(model, batch)``, `unit` and `loss_unit` as `NextToken`.
         optimizer: an `OptimizerSet`.
         clip: largest norm of the gradient (None: no clipping).
         dtype: autocast's type, ``torch.bfloat16`` on a GPU; None computes in the weights' own type.
@@ -264,11 +267,12 @@ def flops_per_token(model, length):
     PAPER CONTEXT: MFU counts the operations the model needs, not what recomputation adds.
     INTUITION: every matrix weight multiplies and adds once forward and twice backward: 6 per token.
     IMPLEMENTATION: 6 N + 12 L H D T, with N the weights of all matrix products (a tied head counts once; position
-        tables and norms do not count) and attention counted in full, not halved for causality, as the paper does.
+        tables and norms do not count) and attention counted in full, not halved for causality, as the paper does. A
+        frozen weight has no gradient of its own: 4 in place of 6.
     WHY: utilization = tokens/s * this / peak FLOP/s compares runs of different models and machines.
     """
     # walking over the list counts a shared block as often as it runs
-    products = sum(p.numel() for block in model.blocks for p in block.parameters() if p.ndim == 2)
-    head = model.config.vocab_size * model.config.n_embd  # the head multiplies, tied or not
+    matrices = [p for block in model.blocks for p in block.parameters() if p.ndim == 2]
+    products = sum((6 if p.requires_grad else 4) * p.numel() for p in [*matrices, model.head.weight])  # tied or not
     attention = sum(12 * spec.n_head * spec.head_size * min(length, spec.window or length) for spec in model.specs)
-    return 6 * (products + head) + attention
+    return products + attention

@@ -11,10 +11,11 @@ Each component is explained with paper references for educational purposes.
 import json
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from common.checkpoint import atomic_write
-from phase1_foundation.project3_pretrain.hub import to_huggingface
+from phase1_foundation.project3_pretrain.hub import to_gguf, to_huggingface
 from phase2_finetuning.project4_sft.template import END, ChatTemplate
 
 
@@ -37,6 +38,11 @@ def export(model: nn.Module, template: ChatTemplate, path: str | Path) -> Path:
     _update(folder / "generation_config.json", stops)
     _update(folder / "config.json", stops)
     return folder
+
+
+def export_gguf(model: nn.Module, template: ChatTemplate, path: str | Path, dtype: torch.dtype = torch.float16) -> Path:
+    """The model as one GGUF file with its template, for llama.cpp; arguments and errors as for `to_gguf`."""
+    return to_gguf(model, template.tokenizer, path, dtype, template.jinja, template.end_id)
 
 
 def _update(path: Path, entries: dict) -> None:

@@ -43,6 +43,8 @@ class ChatTemplate:
     [0, 0, 0, 0, 0, 0, 1, 1, 1]
     """
 
+    stop_text = None  # an answer ends with a token
+
     def __init__(self, tokenizer):
         special = getattr(tokenizer, "special_tokens", {})
         missing = [name for name in CHAT_TOKENS if name not in special]
@@ -84,6 +86,10 @@ class ChatTemplate:
         for message in messages:
             tokens += [self.begin_ids[message["role"]], *self.tokenizer.encode(message["content"]), self.end_id]
         return [*tokens, self.begin_ids["assistant"]]
+
+    def cut(self, tokens: list[int], limit: int) -> list[int]:
+        """A prompt that is too long: its first two tokens, which open the user's turn, and its end."""
+        return [*tokens[:2], *tokens[len(tokens) - (limit - 2) :]]
 
     @property
     def jinja(self) -> str:

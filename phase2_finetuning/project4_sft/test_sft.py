@@ -25,6 +25,7 @@ from phase2_finetuning.project4_sft.conversations import check_messages, read_co
 from phase2_finetuning.project4_sft.exporting import export
 from phase2_finetuning.project4_sft.packing import ConversationDataset, apart, pack, render_within
 from phase2_finetuning.project4_sft.template import CHAT_TOKENS, ChatTemplate
+from phase2_finetuning.project4_sft.tuning import find_checkpoint, load_base
 from phase2_finetuning.project4_sft.vocabulary import byte_tokenizer, grow_vocabulary, with_chat_tokens
 
 TALK = [
@@ -448,6 +449,25 @@ def test_what_a_user_can_get_wrong(base, tmp_path, capsys):
         with pytest.raises(SystemExit) as exit_:
             train_sft.main([*TINY, *base, *flags, "--out_dir", str(tmp_path)])
         assert exit_.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_base_is_found_adapted_and_must_know_the_template_where_it_is_not_to_grow(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("phase2_finetuning.project4_sft.tuning.CHECKPOINTS", tmp_path)
+    for grow, said in ((True, "no pre-trained model yet.*speedrun.py"), (False, "no fine-tuned model yet.*train_sft")):
+        with pytest.raises(ValueError, match=said):
+            find_checkpoint(["project3", "speedrun"], grow)
+    for name in ("speedrun", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "best.pt").write_bytes(b"")
+    assert find_checkpoint(["project3", "speedrun", "other"]) == tmp_path / "speedrun" / "best.pt"
+    settings = SimpleNamespace(CHECKPOINT=base[1], BLOCK_SIZE=64, DROPOUT=0.5, USE=[])
+    run = SimpleNamespace(settings=settings, device=torch.device("cpu"), print=lambda text: None)
+    seen = []
+    model, grown, found = load_base(run, adapt=lambda model, added: seen.append(added) or model.requires_grad_(False))
+    assert seen == [[257, 258, 259, 260]] and grown.tokenizer.vocab_size == 261 and found.source == base[1]
+    assert model.config.dropout == 0.5 and not any(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match=r"has no <\|system\|>.*train_sft.py"):
+        load_base(run, grow=False)
 
 
 def test_the_config_counts_steps_by_epochs():

@@ -45,6 +45,20 @@ def with_chat_tokens(tokenizer: BPETokenizer) -> BPETokenizer:
     return BPETokenizer.from_dict(fields)
 
 
+def without_chat_tokens(tokenizer):
+    """The tokenizer as it was before `with_chat_tokens`; one that is not ours as it is.
+
+    >>> without_chat_tokens(with_chat_tokens(byte_tokenizer())).special_tokens
+    {'<|endoftext|>': 256}
+    """
+    if not isinstance(tokenizer, BPETokenizer):
+        return tokenizer
+    fields = tokenizer.to_dict()
+    for table in ("vocab", "special_tokens"):
+        fields[table] = {name: i for name, i in fields[table].items() if name not in CHAT_TOKENS}
+    return BPETokenizer.from_dict(fields)
+
+
 @torch.no_grad()
 def grow_vocabulary(model: nn.Module, old: int, new: int, multiple: int = 64) -> None:
     """Make `model` ready for token ids from `old` to below `new`, in place.

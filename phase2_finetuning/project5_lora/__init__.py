@@ -1,0 +1,1 @@
+"""Project 5: LoRA, small trained updates beside frozen weights."""

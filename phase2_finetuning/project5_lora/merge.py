@@ -1,0 +1,47 @@
+"""Add adapters into the weights of their model: a plain checkpoint, which every other script loads.
+
+    uv run python phase2_finetuning/project5_lora/merge.py
+    uv run python phase2_finetuning/project5_lora/merge.py --checkpoint HuggingFaceTB/SmolLM-135M --adapter mine/adapter
+
+Without --adapter it takes the adapters of train_lora.py's best model. Afterwards:
+
+    uv run python chat.py --checkpoint checkpoints/project5/merged.pt
+"""
+
+import math
+
+from common import checkpoint
+from common.run import Run
+from phase1_foundation.project3_pretrain.loading import load
+from phase2_finetuning.project5_lora import merge_config
+from phase2_finetuning.project5_lora.lora import load_adapter, merge_lora
+
+
+def main(argv=None):
+    """Run the script."""
+    with Run(merge_config, argv, description=__doc__, quiet=True) as run:
+        s = run.settings
+        model, tokenizer = load(s.CHECKPOINT)
+        if s.ADAPTER:
+            load_adapter(model, s.ADAPTER)
+        write_plain(merge_lora(model), tokenizer, s.MERGED)
+        what = f"{s.ADAPTER} and {s.CHECKPOINT}" if s.ADAPTER else s.CHECKPOINT
+        run.print(f"merged {what} into {s.MERGED}: no adapters are left in it")
+
+
+def write_plain(model, tokenizer, path):
+    """Write a checkpoint of a model that no run will continue."""
+    checkpoint.save(path, {
+        "iter": 0,
+        "model_state_dict": model.state_dict(),
+        "optimizer_state_dict": {},
+        "train_loss": math.nan,
+        "val_loss": math.nan,
+        "config": {"kind": "transformer", "model": model.config.to_dict(), "settings": {}},
+        "tokenizer": tokenizer and tokenizer.to_dict(),
+        "recipe": model.recipe,
+    })  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
