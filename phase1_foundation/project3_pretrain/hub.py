@@ -276,7 +276,12 @@ def _write_weights(folder: Path, rules: list[Rule], state: dict[str, Tensor], sh
     count = len(groups)
     names = [WEIGHTS] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     for name, group in zip(names, groups, strict=True):
-        tensors = {rule.theirs: rule.join([state[n] for n in rule.ours]).cpu().contiguous() for rule in group}
+        tensors, seen = {}, set()
+        for rule in group:
+            tensor = rule.join([state[n] for n in rule.ours]).cpu().contiguous()
+            again = tensor.data_ptr() in seen  # a block that stands in several places: safetensors wants copies
+            tensors[rule.theirs] = tensor.clone() if again else tensor
+            seen.add(tensor.data_ptr())
         with atomic_path(folder / name) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
     if count > 1:

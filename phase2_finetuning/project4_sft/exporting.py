@@ -34,10 +34,15 @@ def export(model: nn.Module, template: ChatTemplate, path: str | Path) -> Path:
     """
     folder = to_huggingface(model, template.tokenizer, path)
     stops = {"eos_token_id": sorted(template.stop_ids), "pad_token_id": template.start_id}
-    _update(folder / "tokenizer_config.json", {"chat_template": template.jinja, "eos_token": END})
+    add_template(template, folder)
     _update(folder / "generation_config.json", stops)
     _update(folder / "config.json", stops)
     return folder
+
+
+def add_template(template: ChatTemplate, folder: str | Path) -> None:
+    """Write the template, in Jinja, beside the tokenizer that lies in a folder."""
+    _update(Path(folder) / "tokenizer_config.json", {"chat_template": template.jinja, "eos_token": END})
 
 
 def export_gguf(model: nn.Module, template: ChatTemplate, path: str | Path, dtype: torch.dtype = torch.float16) -> Path:

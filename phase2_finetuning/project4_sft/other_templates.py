@@ -44,6 +44,7 @@ def read_template(folder: Path) -> tuple[str, dict, list[int]] | None:
     if not template:
         return None
     texts = {name: _text(value) for name, value in settings.items() if name.endswith("_token")}
+    texts = {name: text for name, text in texts.items() if text is not None}  # Jinja would write "None"
     stops = _read_json(folder / "generation_config.json").get("eos_token_id")
     stops = _read_json(folder / "config.json").get("eos_token_id") if stops is None else stops
     return template, texts, [stops] if isinstance(stops, int) else list(stops or [])

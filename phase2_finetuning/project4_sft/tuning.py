@@ -8,6 +8,7 @@ Each component is explained with paper references for educational purposes.
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -123,7 +124,12 @@ def load_base(run, folders: Sequence[str] = PRETRAINED, adapt: Adapt | None = No
     run.print(f"{source}: {count / 1e6:.2f}M parameters, {len(added)} tokens added for the template")
     if adapt:
         model = adapt(model, added)
-    return catalog.apply(model, s.USE).to(run.device), template, base
+    model = catalog.apply(model, s.USE)
+    if added and not model.embed.tokens.weight.requires_grad:
+        ids = json.dumps(added, separators=(",", ":"))
+        run.print(f"note: the model is frozen, and so are the rows of the {len(added)} new tokens: "
+                  f"train_lora.py trains them, or --use 'lora:tokens={ids}'")  # fmt: skip
+    return model.to(run.device), template, base
 
 
 def find_checkpoint(folders: Sequence[str], grow: bool = True) -> Path:
@@ -152,7 +158,7 @@ def find_text(run, bundled: str | Path = SAMPLE) -> Path:
     path = Path(run.settings.TRAIN_DATA_PATH)
     if path.is_file() or "TRAIN_DATA_PATH" in run.settings.overrides:
         return path
-    run.print(f"{path} is not there: taking the bundled sample; download_data.py gets more conversations")
+    run.print(f"{path} is not there: taking the bundled sample; download_data.py gets more")
     return Path(bundled)
 
 

@@ -1,7 +1,7 @@
 """Measure project 5: what adapters cost and reach, against training all weights and against `peft`.
 
     uv run python phase2_finetuning/project5_lora/benchmark.py
-    uv run python phase2_finetuning/project5_lora/benchmark.py --parts loss --checkpoint checkpoints/speedrun/best.pt
+    uv run python phase2_finetuning/project5_lora/benchmark.py --parts loss --checkpoint base.pt
 
 checks: `peft` computes the logits of our adapters, we compute those of its own. cost: values trained, optimizer state,
 memory and time of a training step. batch: a batch in which each row has its own adapter. loss: what fine-tuning on the
@@ -34,6 +34,7 @@ from phase2_finetuning.project5_lora import benchmark_config
 from phase2_finetuning.project5_lora.lora import add_lora, load_adapter, save_adapter, trainable
 from phase2_finetuning.project5_lora.stacking import stack_adapters
 
+BASES = "adapters float32 on a bfloat16 base; all weights: float32 under autocast"  # on a GPU
 # name -> (shape, sequences of a step)
 SHAPES = {
     "small": (PRESETS["cpu-small"](block_size=128), 16),
@@ -192,13 +193,18 @@ def peft_of(config, s, device, compiled, dora=False):
     model = with_peft(in_transformers(config, device, torch.bfloat16 if gpu else torch.float32), s, dora)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, 1e-4, weight_decay=0.0, fused=gpu)
-    forward = torch.compile(model) if compiled else model
+
+    def loss_of(tokens, targets):
+        logits = model(input_ids=tokens).logits
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    loss_of = torch.compile(loss_of) if compiled else loss_of  # the loss with it, as in our model
 
     def take(batch):
         tokens, targets = (tensor.to(device) for tensor in batch)
         with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
-            logits = forward(input_ids=tokens).logits
-        F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()).backward()
+            loss = loss_of(tokens, targets)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -213,6 +219,7 @@ def measure_cost(report, s, device, shape):
     ways = {
         "all weights": lambda: ours_of(config, s, device, compiled),
         "LoRA": lambda: ours_of(config, s, device, compiled, {}),
+        "LoRA and 4 tokens": lambda: ours_of(config, s, device, compiled, {"tokens": [0, 1, 2, 3]}),
         "peft": lambda: peft_of(config, s, device, compiled),
     }
     if not compiled:  # compiling takes longer than measuring
@@ -232,21 +239,28 @@ def report_cost(report, s, name, rivals, timings, compiled):
                higher_is_better=False, claim="10,000× fewer (GPT-3 175B, abstract)", note=shape)  # fmt: skip
     report.row(f"{name}: optimizer state", lora.state_bytes / 2**20, "MiB", peer=full.state_bytes / 2**20,
                peer_name="all weights, AdamW", higher_is_better=False)  # fmt: skip
+    how = ", compiled" * compiled + (f"; {BASES}" if lora.peak else "")
     if lora.peak:
-        base = "adapters float32 on a bfloat16 base; all weights: float32 under autocast"
         for peer_name, other in (("all weights", full), ("peft", peer)):
             claim = "3× less (GPT-3 175B, abstract)" if other is full else None
             report.row(f"{name}: peak memory of a step, against {peer_name}", lora.peak / 2**30, "GiB",
                        peer=other.peak / 2**30, peer_name=peer_name, higher_is_better=False, claim=claim,
-                       note=f"{lora.tokens:,} tokens; {base}")  # fmt: skip
+                       note=f"{lora.tokens:,} tokens; {BASES}")  # fmt: skip
     else:
         report.skip(f"{name}: peak memory of a step", "needs a GPU, whose allocator counts for each model apart")
-    for way, peer_name in (("LoRA", "all weights"), ("LoRA", "peft"), ("DoRA", "LoRA"), ("DoRA", "peft, DoRA")):
+    pairs = (
+        ("LoRA", "all weights"),
+        ("LoRA", "peft"),
+        ("LoRA and 4 tokens", "LoRA"),
+        ("DoRA", "LoRA"),
+        ("DoRA", "peft, DoRA"),
+    )
+    for way, peer_name in pairs:
         if way in rivals:
             rate = timings[way].rate(lora.tokens)
             report.row(f"{name}: {way} step against {peer_name}", rate[0], "tok/s", spread=rate[1:],
                        peer=lora.tokens / timings[peer_name].median, peer_name=peer_name,
-                       note=f"{lora.tokens:,} tokens a step, AdamW included{', compiled' * compiled}")  # fmt: skip
+                       note=f"{lora.tokens:,} tokens a step, AdamW included{how}")  # fmt: skip
 
 
 # -- a batch of many adapters
@@ -261,14 +275,15 @@ def measure_batch(report, s, device, shape):
     rows = [names[i % s.ADAPTERS] for i in range(s.ROWS)]
     with tempfile.TemporaryDirectory() as folder:
         plain, single, stacked = (copy_of(config, dtype, device) for _ in range(3))
-        folders = write_adapters(add_lora(single, s.RANK, 16.0), names, folder)
+        folders, alone = write_adapters(add_lora(single, s.RANK, 16.0), names, folder, tokens)
         stack_adapters(stacked, folders).choose(rows)
         theirs = with_peft(in_transformers(config, device, dtype), s)
         for name, path in folders.items():
             theirs.load_adapter(path, adapter_name=name)
     theirs.to(dtype).eval()
-    last = [i for i, name in enumerate(rows) if name == names[-1]]  # `single` still holds the last adapter
-    expected, got = single(tokens[last]).float(), stacked(tokens)[last].float()
+    single.to(dtype)  # as the others are
+    expected = torch.stack([alone[name][i] for i, name in enumerate(rows)])
+    got = stacked(tokens)[:, -1].float()
     error = float((got - expected).norm() / expected.norm())
     report.check(f"{shape}: rows of a batch get the logits of their adapter alone", error < 0.02,
                  f"{s.ADAPTERS} adapters, relative difference {error:.1e} in {str(dtype).split('.')[1]}")  # fmt: skip
@@ -294,14 +309,15 @@ def copy_of(config, dtype, device):
         return Transformer(config).to(dtype).eval()
 
 
-def write_adapters(model, names, folder):
-    """Folders of adapters with values of their own, by name; the model is left with the last one's."""
-    folders = {}
+def write_adapters(model, names, folder, tokens):
+    """Adapters with values of their own: (folder by name, the logits of each row's last token by name)."""
+    folders, logits = {}, {}
     for name in names:
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.normal_(std=0.02)
         folders[name] = str(save_adapter(model, f"{folder}/{name}"))
-    return folders
+        logits[name] = model(tokens)[:, -1].float()
+    return folders, logits
 
 
 # -- losses
@@ -331,7 +347,8 @@ def measure_losses(report, s, device, _):
         if name != "all weights":
             report.row(f"loss on held-out answers: {name}", lines[name][1][-1], "nats/token",
                        peer=lines["all weights"][1][-1], peer_name="all weights", higher_is_better=False,
-                       note=f"after {s.STEPS} steps, from {lines[name][1][0]:.3f}")  # fmt: skip
+                       note=f"after {s.STEPS} steps, from {lines[name][1][0]:.3f}; all adapters at the rate tuned for "
+                            f"LoRA of rank {s.RANK}, one seed")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         name = f"LoRA, rank {s.RANK}"
         theirs = peft_like(ways[name](), base, folder, device)

@@ -161,8 +161,8 @@ class DoRALinear(LoRALinear):
     PAPER CONTEXT: W' = m (W0 + B A) / ||W0 + B A||, m trained and ||W0|| at first. LoRA changes the length of
         weights in proportion to their direction, full fine-tuning does not (section 3.2).
     INTUITION: one hand turns the arrow, the other one stretches it.
-    IMPLEMENTATION: one length for each output (a row of our (out, in) weight). The norm is taken as a constant in the
-        backward pass, as section 4.3 proposes. The bias is outside. PEFT drops inputs of the base, too: we do not.
+    IMPLEMENTATION: one length for each output, as the authors' code and PEFT have it (the paper's m is 1 x k); a
+        constant norm in the backward pass (section 4.3); the bias is outside. PEFT also drops inputs of the base.
     WHY: closer to full fine-tuning at small ranks; the price is the norm of an (out, in) matrix in every forward.
     """
 
@@ -208,7 +208,7 @@ class TrainedRows(Adapted):
     PAPER CONTEXT: only attention weights are adapted there, and no vocabulary grows.
     INTUITION: a few new words are pencilled into a printed dictionary.
     IMPLEMENTATION: the weight that embedding and head see is the frozen table with `rows` written over the lines of
-        `ids`. A tied head reads the embedding's weight, so it sees them, too.
+        `ids`; a tied head reads the embedding's weight. The gradient of the whole table is computed, only theirs kept.
     WHY: tokens that were just added mean nothing yet: frozen, they would never be learned. PEFT calls these
         `trainable_token_indices`.
     """

@@ -30,7 +30,7 @@ from phase2_finetuning.project5_lora.layers import (
     linear_layers,
 )
 from phase2_finetuning.project5_lora.peft_format import Adapter, read_adapter, write_adapter
-from phase2_finetuning.project5_lora.stacking import choice_of, merge_stack
+from phase2_finetuning.project5_lora.stacking import StackedLoRA, choice_of, merge_stack
 
 __all__ = [
     "add_lora", "load_adapter", "merge_lora", "remove_lora", "save_adapter", "trainable", "without_adapters",
@@ -152,7 +152,8 @@ def without_adapters(model: nn.Module) -> Iterator[nn.Module]:
     INTUITION: hold the slips back and read the book as it was printed.
     IMPLEMENTATION: a switch in every layer, trained rows of tokens included; blocks may be nested. A compiled model
         compiles once for each of the two states.
-    WHY: whoever compares a model with the one that it came from (DPO's reference) needs no second copy of it.
+    WHY: whoever compares a model with the one that it came from (DPO's reference, for adapters that began with the
+        run) needs no second copy of it.
 
     Raises ValueError for a model without adapters, which would be compared with itself.
     """
@@ -196,16 +197,17 @@ def merge_lora(model: nn.Module, weights: dict[str, float] | None = None) -> nn.
 
 
 def remove_lora(model: nn.Module) -> nn.Module:
-    """Take the adapters off, in place: the model is the base that it was, and all of it can be trained."""
+    """Take the adapters off, also a stack of them, in place: the model is its base, and all of it can be trained."""
     _replace(model, lambda name, layer: layer.base, keep_rows=False)
     return _as_plain(model)
 
 
 def _replace(model: nn.Module, make, keep_rows: bool) -> None:
     """Swap adapted layers for others, and write trained rows into their tables or forget them."""
-    if not any(isinstance(module, LoRALinear) for module in model.modules()):
+    kinds = (LoRALinear, StackedLoRA)
+    if not any(isinstance(module, kinds) for module in model.modules()):
         raise ValueError("this model has no adapters to merge or remove: give it some with add_lora or load_adapter")
-    swap_modules(model, make, LoRALinear)
+    swap_modules(model, make, lambda name, module: isinstance(module, kinds))
     for table in [module for module in model.modules() if parametrize.is_parametrized(module, "weight")]:
         parametrize.remove_parametrizations(table, "weight", leave_parametrized=keep_rows)
 
@@ -259,8 +261,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     Returns the model. Raises ValueError or FileNotFoundError for what is no adapter, does not fit the model, or asks
     for something that is not computed here; a plain model is then as it was.
     """
-    adapter = read_adapter(model, folder)
-    if any(isinstance(module, LoRALinear) for module in model.modules()):
+    adapted = any(isinstance(module, LoRALinear) for module in model.modules())
+    with without_adapters(model) if adapted else contextlib.nullcontext():
+        adapter = read_adapter(model, folder)  # rows that it does not name are the base's
+    if adapted:
         remove_lora(model)
     ranks = {name: len(part.A) for name, part in adapter.parts.items()}
     power = 0.5 if adapter.rank_stabilized else 1.0

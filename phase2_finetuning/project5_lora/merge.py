@@ -12,7 +12,10 @@ import math
 
 from common import checkpoint
 from common.run import Run
+from phase1_foundation.project3_pretrain.hub import resolve_folder
+from phase1_foundation.project3_pretrain.hub_tokenizer import read_tokenizer
 from phase1_foundation.project3_pretrain.loading import load
+from phase2_finetuning.project4_sft.vocabulary import grow_vocabulary
 from phase2_finetuning.project5_lora import merge_config
 from phase2_finetuning.project5_lora.lora import load_adapter, merge_lora
 
@@ -23,10 +26,22 @@ def main(argv=None):
         s = run.settings
         model, tokenizer = load(s.CHECKPOINT)
         if s.ADAPTER:
+            tokenizer = grow_for(model, tokenizer, resolve_folder(s.ADAPTER))
             load_adapter(model, s.ADAPTER)
         write_plain(merge_lora(model), tokenizer, s.MERGED)
         what = f"{s.ADAPTER} and {s.CHECKPOINT}" if s.ADAPTER else s.CHECKPOINT
         run.print(f"merged {what} into {s.MERGED}: no adapters are left in it")
+
+
+def grow_for(model, tokenizer, folder):
+    """The tokenizer that an adapter was trained with; for tokens that the base has not, the model gets rows."""
+    own = read_tokenizer(folder)
+    if tokenizer is None or own is None or own.vocab_size <= tokenizer.vocab_size:
+        return tokenizer
+    if not getattr(tokenizer, "special_tokens", {}).items() <= own.special_tokens.items():
+        raise ValueError(f"{folder} holds another tokenizer than the base: was the adapter trained on another model?")
+    grow_vocabulary(model, tokenizer.vocab_size, own.vocab_size)
+    return own
 
 
 def write_plain(model, tokenizer, path):

@@ -5,6 +5,7 @@ import sys
 
 from common import CHECKPOINTS
 from common import settings as common_settings
+from phase1_foundation.project3_pretrain.loading import newest_checkpoint
 
 # == Merge ==
 CHECKPOINT = str(CHECKPOINTS / "project5" / "best.pt")  # a model with adapters, or the base of ADAPTER
@@ -17,7 +18,8 @@ def validate_config(settings=None):
     s = settings or sys.modules[__name__]
     if not s.MERGED.endswith(".pt"):
         raise ValueError(f"MERGED={s.MERGED} must be the name of a checkpoint: let it end with .pt")
-    if os.path.abspath(s.MERGED) == os.path.abspath(s.CHECKPOINT):
+    source = newest_checkpoint(s.CHECKPOINT) if os.path.isdir(s.CHECKPOINT) else s.CHECKPOINT
+    if os.path.abspath(s.MERGED) == os.path.abspath(source or s.CHECKPOINT):
         raise ValueError(f"MERGED={s.MERGED} would replace CHECKPOINT: choose another name")
 
 

@@ -67,11 +67,13 @@ def names_of(model: nn.Module) -> Names:
         rules = list(choose_family(model.config).tensor_rules(model.config.n_layer))
     except ValueError:  # peft can wrap our own model, too, and would then use our names
         return Names({name: (name,) for name in ours}, {name: name for name in tables}, False)
-    modules = {
-        rule.theirs.removesuffix(".weight"): tuple(name.removesuffix(".weight") for name in rule.ours)
-        for rule in rules
-        if rule.theirs.endswith(".weight")
-    }
+    first = {}  # a layer that stands in several places has one name in `ours`
+    alias = {name: first.setdefault(id(m), name) for name, m in model.named_modules(remove_duplicate=False)}
+    modules = {}
+    for rule in rules:
+        if rule.theirs.endswith(".weight"):
+            names = (name.removesuffix(".weight") for name in rule.ours)
+            modules[rule.theirs.removesuffix(".weight")] = tuple(alias.get(name, name) for name in names)
     return Names(
         {theirs: names for theirs, names in modules.items() if all(name in ours for name in names)},
         {theirs: names[0] for theirs, names in modules.items() if names[0] in tables},
@@ -171,8 +173,10 @@ def write_adapter(model: nn.Module, adapter: Adapter, folder: str | Path, base: 
     tensors |= {f"{PREFIX}{theirs}.{ROWS}": rows for theirs, rows in zip(names.tables, adapter.rows)}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).unlink(missing_ok=True)  # from here to the new one nobody takes the folder for an adapter
+    tensors = {name: tensor.float().cpu().clone().contiguous() for name, tensor in tensors.items()}  # none is shared
     with atomic_path(folder / WEIGHTS) as temporary:
-        save_file({name: t.float().cpu().contiguous() for name, t in tensors.items()}, temporary, {"format": "pt"})
+        save_file(tensors, temporary, {"format": "pt"})
     atomic_write(folder / CONFIG, json.dumps(_config(fused, adapter, names, base), indent=2) + "\n")
     return folder
 
@@ -290,7 +294,8 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     if not path.is_file():
         pickles = [f.name for f in folder.glob("adapter_model.bin")]
         hint = f"it holds {pickles[0]}, a pickle that could run code: save it anew with peft" if pickles else (
-            "the download is incomplete, fetch it again"
+            "it is incomplete, or there is only adapter_model.bin, a pickle that could run code, which is not fetched: "
+            "save it anew with peft"
         )  # fmt: skip
         raise FileNotFoundError(f"{folder} has no {WEIGHTS}: {hint}")
     try:
@@ -355,8 +360,11 @@ def _take_rows(folder: Path, config: dict, tensors: dict, names: Names, model: n
     for theirs, ours in names.tables.items():
         # a table that the adapter does not name keeps its rows
         rows = model.get_submodule(ours).weight.detach()[tokens].float().clone()
-        if (tensor := tensors.pop(f"{theirs}.{ROWS}", None)) is not None:
-            ids = next((ids for key, ids in by_table.items() if f".{theirs}".endswith(f".{key}")), [])
+        ids = next((ids for key, ids in by_table.items() if f".{theirs}".endswith(f".{key}")), [])
+        tensor = tensors.pop(f"{theirs}.{ROWS}", None)
+        if ids and tensor is None:
+            raise ValueError(f"{folder} lacks {theirs}.{ROWS}: it is incomplete, fetch it again")
+        if tensor is not None:
             _check_shape(folder, f"{theirs}.{ROWS}", tensor, (len(ids), rows.shape[1]))
             rows[[tokens.index(token) for token in ids]] = tensor.float()
         tables[ours] = rows

@@ -88,8 +88,13 @@ class StackedLoRA(Adapted):
         self.register_buffer("scales", scales.to(device), persistent=False)
 
     def chosen(self, table: Tensor, x: Tensor) -> Tensor:
-        """The lines of a table (K + 1, n) that the rows of x (rows..., ..., in) have chosen: (rows..., 1..., n)."""
+        """The lines of a table (K + 1, n) that the rows of x (rows, ..., in) have chosen: (rows, 1..., n).
+
+        Raises ValueError where another number of rows was chosen.
+        """
         lines = table[self.choice.rows].to(x.dtype)
+        if lines.shape[0] not in (1, x.shape[0]):
+            raise ValueError(f"choose() was given {lines.shape[0]} rows, the batch has {x.shape[0]}: choose for each")
         return lines.view(*lines.shape[:-1], *[1] * (x.dim() - lines.dim()), lines.shape[-1])
 
     def update(self, x: Tensor) -> Tensor:
@@ -106,9 +111,12 @@ class StackedLoRA(Adapted):
     def merged(self, weights: Sequence[float]) -> nn.Linear:
         """The plain layer with a weighted sum of the updates: W0 + sum_k w_k scale_k B_k A_k."""
         weight = weight_of(self.base)
-        scales = torch.tensor(weights, device=self.A.device) @ self.scales[:-1]  # (R,)
-        update = (self.B.float() * scales) @ self.A.float()
-        return plain_linear((weight.float() + update).to(weight.dtype), bias_of(self.base))
+        total = weight.float()
+        for amount, part in zip(weights, self.parts, strict=True):
+            if amount and part is not None:  # A and B as they were read: the stack's are rounded to the base's type
+                A, B = (tensor.to(total.device, torch.float32) for tensor in (part.A, part.B))
+                total = total + amount * part.scale * (B @ A)
+        return plain_linear(total.to(weight.dtype), bias_of(self.base))
 
 
 class StackedDoRA(StackedLoRA):
@@ -150,7 +158,7 @@ def stack_adapters(model: nn.Module, adapters: Mapping[str, str | Path | Adapter
     PAPER CONTEXT: a pre-trained model can be shared and used to build many small LoRA modules for different tasks.
     INTUITION: one cook, many cookbooks' margins, one pot for every guest.
     IMPLEMENTATION: each layer that any adapter touches becomes a `StackedLoRA` with a place for every adapter. Nothing
-        is trained, the recipe does not name them: this is for serving, and a checkpoint holds the base.
+        is trained, the recipe does not name them: this is for serving. Before saving, merge the stack or `remove_lora`.
     WHY: a batch with rows of many users is one forward, in place of one for each adapter.
 
     Args:

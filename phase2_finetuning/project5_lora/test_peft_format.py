@@ -114,6 +114,22 @@ def test_peft_computes_the_logits_of_our_adapter(family, variant, bases, tmp_pat
     assert gap(again(TOKENS).logits, expected) < 1e-4
 
 
+def test_the_adapter_of_a_shared_block_is_written_for_each_of_its_places(tmp_path):
+    model = ours("llama")
+    model.blocks[1] = model.blocks[0]
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        to_huggingface(model, None, tmp_path / "base", family="llama"), dtype=torch.float32
+    ).eval()
+    add_lora(model, rank=3, targets=["attention"])
+    trained(model)
+    folder = save_adapter(model, tmp_path / "adapter")
+    wrapped = peft.PeftModel.from_pretrained(base, folder).eval()
+    assert gap(wrapped(TOKENS).logits, model.eval()(TOKENS)) < 1e-4
+    again = ours("llama")
+    again.blocks[1] = again.blocks[0]
+    assert gap(load_adapter(again, folder)(TOKENS), model(TOKENS)) < 1e-4
+
+
 def test_what_is_saved_is_read_back_bit_by_bit(tmp_path):
     for family in ("gpt2", "qwen3"):
         model = trained(add_lora(ours(family), 4, 8.0, rank_stabilized=True, targets=["q_proj", "v_proj", "mlp"]))
@@ -304,6 +320,13 @@ def test_an_adapter_for_another_model_names_tensor_and_shapes(adapter):
     deeper = Transformer(PRESETS["llama-3-8b"](**GROUPED | {"n_layer": 1}))
     refused(adapter, r"14 tensors have no place in this model \(model.layers.1", deeper)
     refused(adapter, r"28 tensors have no place.*This one has c_attn, c_fc, c_proj", ours("gpt2"))
+
+
+def test_rows_of_tokens_that_are_missing(tmp_path):
+    folder = save_adapter(trained(add_lora(ours("llama"), rank=2, tokens=[3])), tmp_path)
+    tensors = {name: t for name, t in load_file(folder / "adapter_model.safetensors").items() if "token" not in name}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    refused(folder, "lacks .*trainable_tokens_delta: it is incomplete")
 
 
 def test_what_is_no_adapter(adapter, tmp_path):

@@ -150,6 +150,7 @@ def test_what_a_user_can_get_wrong(made, tmp_path):
         (lambda: stack_adapters(model, {"a": made["b"]}), "there is an adapter 'a' already: choose another name"),
         (lambda: choice.choose(["a", "z"]), "there is no adapter 'z' here: there are a, d, or None"),
         (lambda: choice.choose("z"), "there is no adapter 'z'"),
+        (lambda: (choice.choose(["a", None, "d"]), model(TOKENS[:1])), r"was given 3 rows, the batch has 1"),
         (lambda: merge_lora(model), "weights=None must name adapters of the stack .*: a, d"),
         (lambda: merge_lora(model, {"z": 1.0}), "must name adapters"),
         (lambda: merge_lora(model, {"a": 1.0, "d": 0.5}), "'d' is a DoRA adapter, whose lengths"),

@@ -14,6 +14,7 @@ from common import ROOT, checkpoint
 from common.benchmark import Report
 from common.run import Run
 from phase1_foundation.project3_pretrain.hooks import read_metrics
+from phase1_foundation.project3_pretrain.hub import to_huggingface
 from phase1_foundation.project3_pretrain.loading import load
 from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
 from phase2_finetuning.project4_sft import config as sft_config
@@ -89,6 +90,31 @@ def test_a_run_learns_and_leaves_a_model_an_adapter_and_a_plain_model(base, tmp_
     assert "0 tokens added" in again
     start = float(again.split("before: ")[1].split(" nats")[0])
     assert start == pytest.approx(after, abs=2e-3)
+
+
+def test_an_adapter_with_new_tokens_is_merged_into_its_published_base(base, tmp_path, capsys):
+    plain, tokenizer = load(base[1])
+    folder = to_huggingface(plain, tokenizer, tmp_path / "published")
+    flags = [*base, "--checkpoint", str(folder)]
+    out = run(capsys, *flags, "--out_dir", str(tmp_path / "run"))
+    assert "4 tokens added for the template" in out
+    settings = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert settings["base_model_name_or_path"] == str(folder)
+    merge.main(["--checkpoint", str(folder), "--adapter", str(tmp_path / "run" / "adapter"),
+                "--merged", str(tmp_path / "merged.pt")])  # fmt: skip
+    (merged, with_chat), (adapted, _) = load(tmp_path / "merged.pt"), load(tmp_path / "run" / "best.pt")
+    tokens = torch.tensor([ChatTemplate(with_chat).prompt([{"role": "user", "content": "say 7"}])])
+    with torch.no_grad():
+        torch.testing.assert_close(merged(tokens), adapted(tokens), rtol=1e-4, atol=1e-4)
+    assert train_lora.published(str(tmp_path / "run")) is None and train_lora.published("org/name") == "org/name"
+
+
+def test_frozen_rows_of_new_tokens_are_pointed_out(base, tmp_path, capsys):
+    out = run_sft(capsys, *base, "--out_dir", str(tmp_path), "--max_steps", "4", "--use", "lora:rank=2")
+    assert "rows of the 4 new tokens" in out and "lora:tokens=[257,258,259,260]" in out
+    out = run_sft(capsys, *base, "--out_dir", str(tmp_path / "trained"), "--max_steps", "4", "--use",
+                  "lora:rank=2,tokens=[257,258,259,260]")  # fmt: skip
+    assert "rows of the 4 new tokens" not in out
 
 
 def test_an_interrupted_run_continues_with_the_same_losses(base, tmp_path, capsys):

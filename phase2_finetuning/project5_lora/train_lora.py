@@ -18,7 +18,10 @@ import torch
 
 from common import catalog
 from common.run import Run
+from phase1_foundation.project3_pretrain.hub_tokenizer import write_tokenizer
 from phase1_foundation.project3_pretrain.loading import load
+from phase2_finetuning.project4_sft.exporting import add_template
+from phase2_finetuning.project4_sft.template import ChatTemplate
 from phase2_finetuning.project4_sft.tuning import fine_tune
 from phase2_finetuning.project5_lora import config
 from phase2_finetuning.project5_lora.lora import save_adapter, trainable
@@ -36,12 +39,21 @@ def train(run):
     state = fine_tune(run, lambda model, added: adapt(run, model, added), title=f"LoRA, rank {s.RANK}")
     finished = state is None or state.iter == state.total
     if finished and run.is_main:
-        model, _ = load(Path(s.OUT_DIR) / "best.pt")
-        published = s.CHECKPOINT if s.CHECKPOINT and not s.CHECKPOINT.endswith(".pt") else None  # what peft can load
-        folder = save_adapter(model, Path(s.OUT_DIR) / "adapter", published)
+        model, tokenizer = load(Path(s.OUT_DIR) / "best.pt")
+        folder = save_adapter(model, Path(s.OUT_DIR) / "adapter", published(s.CHECKPOINT))
+        write_tokenizer(tokenizer, folder, model.config.block_size)  # it may have tokens that the base has not
+        add_template(ChatTemplate(tokenizer), folder)
         size = (folder / "adapter_model.safetensors").stat().st_size
         run.print(f"wrote the adapter alone, {size / 1e6:.2f} MB, to {folder}")
     return state
+
+
+def published(source):
+    """The base as `peft` can load it: a Hugging Face folder or org/name, None for a checkpoint of ours."""
+    if source is None or source.endswith(".pt"):
+        return None
+    path = Path(source)
+    return source if (path / "config.json").is_file() or not path.is_dir() else None
 
 
 def adapt(run, model, added):

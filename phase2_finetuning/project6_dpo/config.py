@@ -44,7 +44,7 @@ LEARNING_RATE = 5e-5 if _GPU else 2e-4  # peak
 WARMUP_STEPS = 5  # linear warm-up
 
 # == Evaluation ==
-EVAL_EVERY = 20  # steps between two validations
+EVAL_EVERY = 20 if _GPU else 7  # steps between two validations
 SAVE_EVERY = 100  # steps between two writes of last.pt
 KL_TOKENS = 1024  # held-out answer tokens at which the distance to the reference is measured
 ANSWERS = 16  # held-out prompts that are answered before and after, to compare lengths; 0: none

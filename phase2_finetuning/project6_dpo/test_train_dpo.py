@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common import ROOT, catalog, checkpoint
+from common import ROOT, checkpoint
 from common.benchmark import Report
 from phase1_foundation.project3_pretrain.hooks import read_metrics
 from phase1_foundation.project3_pretrain.loading import load
@@ -121,8 +121,7 @@ def test_a_killed_run_continues_bit_by_bit(base, tmp_path):
     assert evaluations[0] == evaluations[1]
 
 
-def test_adapters_with_either_reference_train_alike(base, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(catalog.GROUPS["transforms"], "lora", "phase2_finetuning.project5_lora.lora:add_lora")
+def test_adapters_with_either_reference_train_alike(base, tmp_path, capsys):
     for reference in ("precomputed", "adapters_off"):
         run(*base, "--use", "lora:rank=4", "--reference", reference, "--out_dir", str(tmp_path / reference),
             "--learning_rate", "1e-2")  # fmt: skip
@@ -134,6 +133,10 @@ def test_adapters_with_either_reference_train_alike(base, tmp_path, monkeypatch,
     with pytest.raises(SystemExit):
         run(*base, "--reference", "adapters_off", "--out_dir", str(tmp_path / "none"))
     assert "REFERENCE=adapters_off: this model has no adapters" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # without them it would be another model than the one that this run begins with
+        run(*base, "--checkpoint", str(tmp_path / "adapters_off" / "best.pt"), "--reference", "adapters_off",
+            "--out_dir", str(tmp_path / "again"))  # fmt: skip
+    assert "these adapters are trained already" in capsys.readouterr().err
 
 
 def test_prompts_that_are_held_out_are_not_trained_on(base, tmp_path, capsys):

@@ -92,13 +92,20 @@ def ask_reference(model, template, train_set, val_set, s):
 
 def adapters_off(model):
     """What turns a model with adapters into its reference; refuses one that has none."""
+    from phase2_finetuning.project5_lora.layers import LoRALinear
     from phase2_finetuning.project5_lora.lora import without_adapters
 
     try:
         with without_adapters(model):
-            return without_adapters
+            pass
     except ValueError as error:
         raise ValueError(f'REFERENCE=adapters_off: {error}; here by --use "lora:rank=8"') from None
+    if any(bool(module.B.any()) for module in model.modules() if isinstance(module, LoRALinear)):
+        raise ValueError(
+            "REFERENCE=adapters_off: these adapters are trained already, so without them the model is not the one that "
+            "this run begins with: merge them first (project 5's merge.py), or use --reference precomputed"
+        )
+    return without_adapters
 
 
 def load_preferences(run, base):
