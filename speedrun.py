@@ -58,6 +58,7 @@ CHAT = True  # end in a chat with the model, where there is a terminal
 _BUNDLED = DATA / "sample_corpus.jsonl.xz"
 _BUNDLED_TALK = DATA / "sft_sample.jsonl.xz"
 _PREFERENCES = DATA / "polite_train.jsonl.xz", DATA / "polite_test.jsonl.xz"
+_BLIMP = DATA / "eval" / "blimp_sample.jsonl"
 _PROMPTS = ("The ", "Once upon a time", "ROMEO:\n", "Water is")
 _FOLDERS = {"REPORT_DIR": ROOT / "report", "OUT_DIR": CHECKPOINTS / "speedrun", "DATA_DIR": DATA / "speedrun"}
 _QUICK = ["--block_size", "64", "--batch_tokens", "2048", "--warmup_steps", "4", "--eval_every", "20",
@@ -147,9 +148,10 @@ def speedrun(s):
     for stage, name in (("pretrain", "pre-training"), ("sft", "fine-tuning"), ("dpo", "preferences")):
         files, places = inputs[stage]
         stages.run(name, lambda fresh, stage=stage, places=places: train_stage(scripts[stage], stage, places, s, fresh),
-                   files=files, settings=[flags_of(stage, s), s.SEED], outputs=[models[stage]])  # fmt: skip
+                   files=files, settings=[flags_of(stage, s), s.SEED], outputs=[models[stage], out / stage / "curves.png"])  # fmt: skip
+    examined = [*models.values(), train, val, conversations, _PREFERENCES[1], _BLIMP]
     stages.run("evaluation", lambda fresh: evaluate(models, train, val, conversations, s, (scores, table, bars)),
-               files=[*models.values(), train, val, conversations], outputs=[scores, table, bars])  # fmt: skip
+               files=examined, outputs=[scores, table, bars])  # fmt: skip
     write_report(s, stages, [*texts, conversations], json.loads(scores.read_text(encoding="utf-8")))
 
 
@@ -231,7 +233,7 @@ def compress(best, train, val, s, path):
     print(f"compressing them with xz, {len(seen) / 1e6:.1f} MB of training text before them ...", flush=True)
     xz, xz_seen, xz_both = (len(lzma.compress(part, preset=9)) for part in (text, seen, seen + text))
     print("judging pairs of sentences (BLiMP), writing samples ...", flush=True)
-    blimp = zero_shot.blimp(model, tokenizer, DATA / "eval" / "blimp_sample.jsonl")
+    blimp = zero_shot.blimp(model, tokenizer, _BLIMP)
     scores = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "held_out_bytes": len(text),

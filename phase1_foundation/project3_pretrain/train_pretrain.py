@@ -57,7 +57,8 @@ def train(run):
         return validation_loss(model, val_set, max_tokens=s.EVAL_TOKENS, dtype=autocast_dtype(s))
 
     state = running.train(run, model, NextToken(), train_set, about, measure, lambda: write_sample(model, tokenizer, s))
-    if state and state.iter == state.total and run.is_main:
+    unconcluded = not (Path(s.OUT_DIR) / "curves.png").exists()  # a finished run that was killed while it concluded
+    if run.is_main and (state.iter == state.total if state else unconcluded):
         conclude(run, val_set)
     return state
 

@@ -97,6 +97,8 @@ class JinjaTemplate:
         except TemplateError as error:
             raise ValueError(f"the model's chat template cannot be read: {error}") from error
         self._errors, self.tokenizer, self.variables = TemplateError, tokenizer, variables
+        plain = getattr(tokenizer, "always_matched", ())  # <think> and the like stand in any text: they forge no role
+        self._meaningful = [name for name in tokenizer.special_tokens if name not in plain]
         end = tokenizer.special_tokens.get(variables.get("eos_token"))
         self.stop_ids = frozenset(i for i in (*stop_ids, end, tokenizer.eot_id) if i is not None)
 
@@ -108,8 +110,8 @@ class JinjaTemplate:
         """
         check_messages(messages, answered=False)
         for message in messages:
-            forged = [name for name in self.tokenizer.special_tokens if name in message["content"]]
-            if forged:
+            forged = [name for name in self._meaningful if name in message["content"]]
+            if forged and message["role"] != "assistant":  # the model's own words may hold what it likes
                 raise ValueError(
                     f"a message holds {forged[0]}, which has a meaning of its own in this model's template"
                 )

@@ -88,7 +88,8 @@ def fine_tune(run, adapt: Adapt | None = None, folders: Sequence[str] = PRETRAIN
     before = measure(), remembered(run, model, base)
     run.print(f"before: {before[0]:.4f} nats a token of the answers held out")
     state = running.train(run, model, objective, train_set, about, measure, lambda: sample(model, template, s))
-    if state and state.iter == state.total and run.is_main:
+    unconcluded = not (Path(s.OUT_DIR) / "curves.png").exists()  # a finished run that was killed while it concluded
+    if run.is_main and (state.iter == state.total if state else unconcluded):
         conclude(run, val_set, objective.plan, before, base, title)
     return state
 

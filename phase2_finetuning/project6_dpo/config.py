@@ -45,7 +45,7 @@ WARMUP_STEPS = 5  # linear warm-up
 
 # == Evaluation ==
 EVAL_EVERY = 20 if _GPU else 7  # steps between two validations
-SAVE_EVERY = 100  # steps between two writes of last.pt
+SAVE_EVERY = 100 if _GPU else 10  # steps between two writes of last.pt
 KL_TOKENS = 1024  # held-out answer tokens at which the distance to the reference is measured
 ANSWERS = 16  # held-out prompts that are answered before and after, to compare lengths; 0: none
 

@@ -33,7 +33,7 @@ def render_pair(template: ChatTemplate, preference: Preference, limit: int) -> t
     INTUITION: two witnesses must be asked the same question, and heard at least up to where they disagree.
     IMPLEMENTATION: the prompt is cut once, for both: the oldest exchanges go first, then the front of the question.
         Answers lose their end, <|end|> included, but have at least half of the room. Where they would be cut before
-        they differ, what both share is taken for a part of the prompt, which is then cut at its front.
+        they differ, what both share is taken for a part of the prompt, and cut at its front.
     WHY: unlike prompts would be compared instead of answers; equal remains would have nothing to learn.
 
     Raises ValueError for a limit too small for a question and an answer.
@@ -49,10 +49,11 @@ def render_pair(template: ChatTemplate, preference: Preference, limit: int) -> t
         if shared < kept:
             prompt = prompt_within(template, preference.messages, limit - kept)
         else:
-            prompt, answers = prompt + answers[0][:shared], [answer[shared:] for answer in answers]
-            kept = min(max(map(len, answers)), limit // 2)
-            prompt = template.cut(prompt, min(len(prompt), limit - kept))
-        answers = [answer[:kept] for answer in answers]
+            common, answers = answers[0][:shared], [answer[shared:] for answer in answers]
+            room = limit - min(max(map(len, answers)), limit // 2)
+            prompt = prompt_within(template, preference.messages, room - len(common))
+            prompt = [*prompt, *common[max(0, len(prompt) + len(common) - room) :]]
+        answers = [answer[: limit - len(prompt)] for answer in answers]
     chosen, rejected = (([*prompt, *answer], [0] * len(prompt) + [1] * len(answer)) for answer in answers)
     return chosen, rejected
 

@@ -1,7 +1,7 @@
 """Teach a model that chats which of two answers people prefer.
 
     uv run python phase2_finetuning/project6_dpo/train_dpo.py
-    uv run python phase2_finetuning/project6_dpo/train_dpo.py --loss simpo
+    uv run python phase2_finetuning/project6_dpo/train_dpo.py --loss simpo --out_dir checkpoints/simpo
     uv run python phase2_finetuning/project6_dpo/train_dpo.py --use "lora:rank=8" --reference adapters_off
     uv run python phase2_finetuning/project6_dpo/train_dpo.py --train_data_path mine.jsonl --beta 0.3
 
@@ -48,7 +48,7 @@ def train(run):
     """Train as the settings say; returns the final `TrainState`."""
     s = run.settings
     running.set_determinism(s)
-    model, template, base = load_base(run, CHATTING, grow=False)
+    model, template, base = load_base(run, CHATTING, grow=s.LOSS == "orpo")  # ORPO fine-tunes, too
     train_pairs, held_out, position = load_preferences(run, base)
     train_set, val_set = (pack_pairs(pairs, template, s) for pairs in (train_pairs, held_out))
     run.print(f"{train_set.n_pairs:,} pairs in {train_set.epoch_size:,} rows of {2 * s.BLOCK_SIZE} tokens "
@@ -70,7 +70,8 @@ def train(run):
     asked = [pair.messages for pair in held_out[:: max(1, len(held_out) // max(1, s.ANSWERS))]][: s.ANSWERS]
     before = examine(model)
     state = running.train(run, model, objective, train_set, about, measure, lambda: sample(model, template, s))
-    if state and state.iter == state.total and run.is_main:
+    unconcluded = not (Path(s.OUT_DIR) / "curves.png").exists()  # a finished run that was killed while it concluded
+    if run.is_main and (state.iter == state.total if state else unconcluded):
         after = examine(load(Path(s.OUT_DIR) / "best.pt", run.device)[0])
         conclude(run, template, objective, asked, before, after)
     return state
@@ -112,7 +113,7 @@ def load_preferences(run, base):
     """(training pairs, held-out pairs, what identifies them for a resume)."""
     s = run.settings
     path = find_text(run, BUNDLED)
-    held_path = s.VAL_DATA_PATH or (BUNDLED_TEST if path == BUNDLED else None)
+    held_path = s.VAL_DATA_PATH or (BUNDLED_TEST if path.resolve() == BUNDLED.resolve() else None)
     if held_path:
         parts = read_preferences(path), read_preferences(held_path)
     else:
