@@ -148,7 +148,8 @@ def speedrun(s):
     for stage, name in (("pretrain", "pre-training"), ("sft", "fine-tuning"), ("dpo", "preferences")):
         files, places = inputs[stage]
         stages.run(name, lambda fresh, stage=stage, places=places: train_stage(scripts[stage], stage, places, s, fresh),
-                   files=files, settings=[flags_of(stage, s), s.SEED], outputs=[models[stage], out / stage / "curves.png"])  # fmt: skip
+                   files=files, settings=[flags_of(stage, s), s.SEED],
+                   outputs=[models[stage], out / stage / "curves.png"])  # fmt: skip
     examined = [*models.values(), train, val, conversations, _PREFERENCES[1], _BLIMP]
     stages.run("evaluation", lambda fresh: evaluate(models, train, val, conversations, s, (scores, table, bars)),
                files=examined, outputs=[scores, table, bars])  # fmt: skip
