@@ -54,6 +54,11 @@ def open_text(path):
     return open(path, encoding="utf-8", newline="\n")
 
 
+def damage_of(path):
+    """The exceptions that reading a damaged file of this kind raises."""
+    return (*DAMAGED, _zstd().ZstdError) if Path(path).suffix == ".zst" else DAMAGED
+
+
 def _zstd():
     """The zstandard library, which only the ``data`` group brings."""
     try:
@@ -75,7 +80,7 @@ def read_documents(path):
     path = Path(path)
     kinds = [suffix for suffix in path.suffixes[-2:] if suffix not in (*_OPENERS, ".zst")]
     jsonl = bool(kinds) and kinds[-1] in (".jsonl", ".json")
-    damaged = (*DAMAGED, _zstd().ZstdError) if path.suffix == ".zst" else DAMAGED
+    damaged = damage_of(path)
     with open_text(path) as file:
         try:
             for number, line in enumerate(file, 1):

@@ -185,12 +185,14 @@ def _shape(about):
 
 
 def refuse_another(path, saved, about):
-    """Raise CheckpointError for a checkpoint of another model or tokenizer."""
+    """Raise CheckpointError for a checkpoint of another model, tokenizer or reference."""
     if _shape(saved) != _shape(about):
         raise CheckpointError(f"{path} holds a model of another shape, {saved['config']['model']}: {_elsewhere()}")
     theirs, ours = saved["data_position"], about["data_position"]
     if theirs["tokenizer"] != ours["tokenizer"]:
         raise CheckpointError(f"{path} was trained with another tokenizer than {ours['data']}: {_elsewhere()}")
+    if theirs.get("reference") != ours.get("reference"):  # of preference optimization
+        raise CheckpointError(f"{path} was trained against another reference than {ours['data']}: {_elsewhere()}")
 
 
 def differences(saved, about):

@@ -10,10 +10,10 @@ Each component is explained with paper references for educational purposes.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from common.download import DAMAGED, open_text
+from common.download import damage_of, open_text
 
 ROLES = ("system", "user", "assistant")
 
@@ -56,24 +56,32 @@ def read_conversations(path: str | Path) -> list[list[Message]]:
 
     Raises FileNotFoundError, or ValueError that names the file and the line.
     """
-    conversations, number = [], 0
+    return read_lines(path, _parse, "conversation: each line is to be an object with messages")
+
+
+def read_lines(path: str | Path, parse: Callable, wanted: str) -> list:
+    """``parse(object)`` of every line of JSON Lines; `wanted` says what a file without any should hold.
+
+    Raises as `read_conversations`.
+    """
+    found, number = [], 0
+    damaged = damage_of(path)
     try:
         with open_text(path) as lines:
             for number, line in enumerate(lines, 1):  # noqa: B007 - the messages below tell it
                 if line.strip():
-                    conversations.append(_parse(line))
-    except DAMAGED as error:
+                    found.append(parse(json.loads(line)))
+    except damaged as error:
         raise ValueError(f"{path} is damaged behind line {number} ({error}): fetch it again") from None
     except (ValueError, RecursionError) as error:  # also what json raises
         raise ValueError(f"{path}, line {number}: {error}") from None
-    if not conversations:
-        raise ValueError(f"{path} holds no conversation: each line is to be an object with messages")
-    return conversations
+    if not found:
+        raise ValueError(f"{path} holds no {wanted}")
+    return found
 
 
-def _parse(line: str) -> list[Message]:
-    """The conversation on a line of JSON."""
-    entry = json.loads(line)
+def _parse(entry) -> list[Message]:
+    """The conversation in a JSON object."""
     if not isinstance(entry, dict) or "messages" not in entry:
         raise ValueError('no object with "messages"')
     check_messages(entry["messages"])

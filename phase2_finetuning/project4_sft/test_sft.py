@@ -163,6 +163,13 @@ def test_a_broken_line_is_named(tmp_path):
     path.write_bytes((good + "\n").encode() + b"\xff\xfe\n")
     with pytest.raises(ValueError, match="damaged behind line"):
         read_conversations(path)
+    zstandard = pytest.importorskip("zstandard")
+    packed = path.with_suffix(".jsonl.zst")
+    packed.write_bytes(b"no zstandard at all")
+    with pytest.raises(ValueError, match="damaged behind line 0"):
+        read_conversations(packed)
+    packed.write_bytes(zstandard.compress((good + "\n").encode()))
+    assert len(read_conversations(packed)) == 1
     path.write_text("\n", encoding="utf-8")
     with pytest.raises(ValueError, match="holds no conversation"):
         read_conversations(path)

@@ -10,12 +10,10 @@ This file implements what a preference is, and reading many of them, following:
 Each component is explained with paper references for educational purposes.
 """
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
-from common.download import DAMAGED, open_text
-from phase2_finetuning.project4_sft.conversations import Message, check_messages
+from phase2_finetuning.project4_sft.conversations import Message, check_messages, read_lines
 
 
 class Preference(NamedTuple):
@@ -61,17 +59,6 @@ def read_preferences(path: str | Path) -> list[Preference]:
 
     Raises FileNotFoundError, or ValueError that names the file and the line.
     """
-    preferences, number = [], 0
-    try:
-        with open_text(path) as lines:
-            for number, line in enumerate(lines, 1):  # noqa: B007 - the messages below tell it
-                if line.strip():
-                    preferences.append(check_preference(json.loads(line)))
-    except DAMAGED as error:
-        raise ValueError(f"{path} is damaged behind line {number} ({error}): fetch it again") from None
-    except (ValueError, RecursionError) as error:  # also what json raises
-        raise ValueError(f"{path}, line {number}: {error}") from None
-    if not preferences:
-        raise ValueError(f"{path} holds no preference: each line is to be an object with prompt_messages, chosen and "
-                         f"rejected")  # fmt: skip
-    return preferences
+    return read_lines(
+        path, check_preference, "preference: each line is to be an object with prompt_messages, chosen and rejected"
+    )

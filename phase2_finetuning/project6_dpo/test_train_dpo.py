@@ -139,6 +139,14 @@ def test_adapters_with_either_reference_train_alike(base, tmp_path, capsys):
     assert "these adapters are trained already" in capsys.readouterr().err
 
 
+def test_a_run_is_not_continued_against_another_reference(base, tmp_path, capsys):
+    run(*base, "--max_steps", "6", "--out_dir", str(tmp_path / "run"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit):  # its own result as the new reference
+        run(*base, "--checkpoint", str(tmp_path / "run" / "best.pt"), "--out_dir", str(tmp_path / "run"))
+    assert "was trained against another reference" in capsys.readouterr().err
+
+
 def test_prompts_that_are_held_out_are_not_trained_on(base, tmp_path, capsys):
     lines = Path(base[base.index("--train_data_path") + 1]).read_text(encoding="utf-8").splitlines()
     held = tmp_path / "held.jsonl"

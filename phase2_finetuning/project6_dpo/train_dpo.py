@@ -68,11 +68,12 @@ def train(run):
         return judge(some_model, val_set, dtype=dtype), distance(some_model), answers
 
     asked = [pair.messages for pair in held_out[:: max(1, len(held_out) // max(1, s.ANSWERS))]][: s.ANSWERS]
-    before = examine(model)
+    before, start = examine(model), judge(model, val_set, s.EVAL_TOKENS, dtype)
     state = running.train(run, model, objective, train_set, about, measure, lambda: sample(model, template, s))
     unconcluded = not (Path(s.OUT_DIR) / "curves.png").exists()  # a finished run that was killed while it concluded
     if run.is_main and (state.iter == state.total if state else unconcluded):
         after = examine(load(Path(s.OUT_DIR) / "best.pt", run.device)[0])
+        draw(Path(s.OUT_DIR), start)
         conclude(run, template, objective, asked, before, after)
     return state
 
@@ -128,7 +129,8 @@ def load_preferences(run, base):
         raise ValueError(f"{path} leaves nothing for one part at VAL_FRACTION={s.VAL_FRACTION}: give more pairs")
     held = f"{held_path} {stages.digest(held_path)}" if held_path else s.VAL_FRACTION
     return pairs, parts[1], {
-        "data": f"{path} after {base.source}", "digest": f"{stages.digest(path)} {held} {base.digest}",
+        "data": f"{path} after {base.source}", "digest": f"{stages.digest(path)} {held}",
+        "reference": base.digest,
     }  # fmt: skip
 
 
@@ -169,7 +171,6 @@ def conclude(run, template, objective, asked, before, after):
         run.print("--- user: " + messages[-1]["content"])
         for name, text in zip(("before", "after"), texts):
             run.print(f"{name:>6}: {text}")
-    draw(out, was)
     run.print(f"wrote {', '.join(running.files_of(out))} in {out}; talk to it with "
               f"`uv run python chat.py --checkpoint {out / 'best.pt'}`")  # fmt: skip
 
