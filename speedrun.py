@@ -58,6 +58,7 @@ CHAT = True  # end in a chat with the model, where there is a terminal
 _BUNDLED = DATA / "sample_corpus.jsonl.xz"
 _BUNDLED_TALK = DATA / "sft_sample.jsonl.xz"
 _PREFERENCES = DATA / "polite_train.jsonl.xz", DATA / "polite_test.jsonl.xz"
+_XZ_REACH = 64 << 20  # bytes behind which `xz -9` looks for repetitions: text before that would not help it
 _BLIMP = DATA / "eval" / "blimp_sample.jsonl"
 _PROMPTS = ("The ", "Once upon a time", "ROMEO:\n", "Water is")
 _FOLDERS = {"REPORT_DIR": ROOT / "report", "OUT_DIR": CHECKPOINTS / "speedrun", "DATA_DIR": DATA / "speedrun"}
@@ -81,7 +82,7 @@ _TRAINING = {
             "--max_steps",
             "1000",
         ],
-        "sft": ["--block_size", "1024"],
+        "sft": ["--block_size", "1024", "--no_compile"],
         "dpo": ["--block_size", "512"],
     },
     "quick": {
@@ -90,7 +91,7 @@ _TRAINING = {
         "dpo": [*_QUICK, "--max_steps", "5", "--answers", "2"],
     },
 }
-STAGES = {"pretrain": "pre-trained", "sft": "fine-tuned", "dpo": "preference-tuned"}  # folder -> what its model is
+_STAGES = {"pretrain": "pre-trained", "sft": "fine-tuned", "dpo": "preference-tuned"}  # folder -> what its model is
 
 
 def validate_config(settings=None):
@@ -130,7 +131,7 @@ def speedrun(s):
     """The way from text to a report, stage by stage."""
     out = Path(s.OUT_DIR)
     tokenizer, train, val = out / "tokenizer.pkl", Path(s.DATA_DIR) / "train.bin", Path(s.DATA_DIR) / "val.bin"
-    models = {stage: out / stage / "best.pt" for stage in STAGES}
+    models = {stage: out / stage / "best.pt" for stage in _STAGES}
     scores, table, bars = out / "scores.json", out / "stages.md", out / "stages.png"
     stages = Stages(out / "stages.json")
     texts, conversations = find_texts(s, stages), find_conversations(s, stages)
@@ -216,7 +217,7 @@ def evaluate(models, train, val, conversations, s, outputs):
         max_tokens=65_536,
     )
     print("examining every stage on the same held-out sets ...", flush=True)
-    paths = {name: models[stage] for stage, name in STAGES.items()}
+    paths = {name: models[stage] for stage, name in _STAGES.items()}
     found = stage_report.evaluate_stages(paths, held_out, s.DEVICE)
     print(stage_report.plain(found, held_out.prompts))
     compress(models["pretrain"], train, val, s, scores)
@@ -230,7 +231,8 @@ def compress(best, train, val, s, path):
     held_out = TokenDataset(val, model.config.block_size, tokenizer.fingerprint)
     print("predicting the held-out documents ...", flush=True)
     total = evaluation.score(model, held_out)
-    text, seen = (plain_text(path, tokenizer) for path in (val, train))
+    text = plain_text(val, tokenizer)
+    seen = plain_text(train, tokenizer, max(0, _XZ_REACH - len(text)))
     print(f"compressing them with xz, {len(seen) / 1e6:.1f} MB of training text before them ...", flush=True)
     xz, xz_seen, xz_both = (len(lzma.compress(part, preset=9)) for part in (text, seen, seen + text))
     print("judging pairs of sentences (BLiMP), writing samples ...", flush=True)
@@ -250,10 +252,13 @@ def compress(best, train, val, s, path):
     print(f"held-out text: {scores['bits_per_byte']:.3f} bits a byte; xz -9: {scores['xz']:.3f}")
 
 
-def plain_text(path, tokenizer):
-    """The bytes of all documents in a token file."""
+def plain_text(path, tokenizer, most=None):
+    """The bytes of all documents in a token file, or the last `most` of them."""
     tokens = np.fromfile(path, dtype=read_header(path)["dtype"])
-    return tokenizer.decode_bytes(tokens[tokens != tokenizer.eot_id].tolist())
+    tokens = tokens[tokens != tokenizer.eot_id]
+    if most is None:
+        return tokenizer.decode_bytes(tokens.tolist())
+    return tokenizer.decode_bytes(tokens[max(0, len(tokens) - most) :].tolist())[-most:] if most else b""
 
 
 def write_report(s, stages, texts, scores):
@@ -261,7 +266,7 @@ def write_report(s, stages, texts, scores):
     out, folder = Path(s.OUT_DIR), Path(s.REPORT_DIR)
     metrics = read_metrics(out / "pretrain" / "metrics.jsonl")
     tokens = sum(entry.get("tokens", 0) for entry in metrics)
-    plots = {"stages.png": out / "stages.png"} | {f"{stage}.png": out / stage / "curves.png" for stage in STAGES}
+    plots = {"stages.png": out / "stages.png"} | {f"{stage}.png": out / stage / "curves.png" for stage in _STAGES}
     lines = [
         "# What the speedrun made",
         "",
@@ -287,7 +292,7 @@ def write_report(s, stages, texts, scores):
         *quality(scores),
         "## How it learned",
         "",
-        *(f"![{name}]({stage}.png)" for stage, name in STAGES.items()),
+        *(f"![{name}]({stage}.png)" for stage, name in _STAGES.items()),
         "",
         "## What the pre-trained model writes",
         "",

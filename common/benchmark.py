@@ -76,13 +76,14 @@ class Report:
         device: where it ran; by default the best device present.
         folder: where results go; by default ``results/``.
         keep: rows, checks and curves of the standing file that this run does not measure stay, with their date.
+        host: the work is the processor's, whatever device there is; the file is still named after the machine's device.
 
     Each row is printed as soon as it is measured and kept in a hidden ``.partial`` file until `finish`, so that a long
     benchmark that is cut short has not been in vain.
     """
 
-    def __init__(self, project, title, device=None, folder=None, keep=False):
-        self.project, self.title, self.device = project, title, device or pick_device()
+    def __init__(self, project, title, device=None, folder=None, keep=False, host=False):
+        self.project, self.title, self.device, self.host = project, title, device or pick_device(), host
         self.folder, self.slug, self.keep = Path(folder or RESULTS), device_slug(self.device), keep
         self.path = self.folder / f"{project}.{self.slug}.json"
         self.partial = self.path.with_name(f".{self.path.name}.partial")
@@ -138,12 +139,19 @@ class Report:
         print(f"[{clock(time.perf_counter() - self.began)}] {entry['name']}: {said}".replace("**", ""), flush=True)
         atomic_write(self.partial, _as_json(self._result()))
 
+    def _where(self):
+        """What was measured on, for people."""
+        name = device_name(self.device)
+        if not self.host or name == device_name("cpu"):
+            return name
+        return f"{device_name('cpu')}, host of {name}"
+
     def _result(self):
         """The contents of the results file."""
         result = {
             "project": self.project,
             "title": self.title,
-            "device": device_name(self.device),
+            "device": self._where(),
             "date": datetime.date.today().isoformat(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "rows": self.rows,
@@ -152,8 +160,12 @@ class Report:
         }
         if self.keep and self.path.exists():
             old = json.loads(self.path.read_text(encoding="utf-8"))
-            result["rows"] = _renewed(old["rows"], self.rows, old["date"])
             result["checks"] = _renewed(old["checks"], self.checks)
+            checked = {
+                check["name"] for check in result["checks"]
+            }  # a check that was skipped is a row until it is made
+            rows = [row for row in old["rows"] if not ("skipped" in row and row["name"] in checked)]
+            result["rows"] = _renewed(rows, self.rows, old["date"])
             result["series"] = old["series"] | self.curves
         return result
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from common import settings as settings_module
-from common.device import check_device, device_name, pick_device
+from common.device import check_device, device_name, pick_device, reset_peak_memory
 
 
 class Run:
@@ -73,6 +73,7 @@ class Run:
         if self.world_size > 1 and name.startswith("cuda"):
             name = f"cuda:{os.environ['LOCAL_RANK']}"  # never touch another process's GPU, not even to look at it
         self.device = check_device(name)
+        reset_peak_memory(self.device)  # of an earlier run in this process
         if self.world_size > 1:
             self._join()
         self._old_handler = _install(self._on_interrupt)

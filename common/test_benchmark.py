@@ -121,6 +121,25 @@ def test_a_part_measured_again_keeps_the_rest_with_its_date(house):
     assert "- train: " not in readme
 
 
+def test_a_check_that_is_made_at_last_takes_the_place_of_its_skipped_row(house):
+    report().finish()
+    part = Report("project2_tokenizer", "Tokenizing | fast", device="cpu", keep=True)
+    part.check("kernel", True)
+    part.finish()
+    result = json.loads((house / "results" / "project2_tokenizer.cpu.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in result["rows"]] == ["encode", "train"]
+    assert [check["name"] for check in result["checks"]] == ["kernel"]
+
+
+def test_work_of_the_processor_beside_a_gpu_says_so(house, monkeypatch):
+    monkeypatch.setattr(benchmark, "device_slug", lambda device: "h100")
+    names = {"cpu": "a CPU", "meta": "a GPU"}
+    monkeypatch.setattr(benchmark, "device_name", lambda device: names[str(device)])
+    Report("project2_tokenizer", "Tokenizing", device="meta", host=True).finish()
+    result = json.loads((house / "results" / "project2_tokenizer.h100.json").read_text(encoding="utf-8"))
+    assert result["device"] == "a CPU, host of a GPU"
+
+
 def test_pages_show_the_checks_and_failed_ones_above_the_table(house):
     mixed = report()
     mixed.check("same ids as tiktoken", True, "10,000 texts")

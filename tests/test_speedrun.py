@@ -67,7 +67,7 @@ def test_an_interrupted_speedrun_continues_and_a_finished_one_does_nothing(flags
     page = Path(report, "report.md").read_text(encoding="utf-8")
     assert f"{scores['bits_per_byte']:.3f}" in page
     assert all(Path(report, name).is_file() and name in page for name in ("stages.png", "pretrain.png", "sft.png"))
-    assert all(f"| {name} |" in page for name in speedrun.STAGES.values()) and "What is a noun?" in page
+    assert all(f"| {name} |" in page for name in speedrun._STAGES.values()) and "What is a noun?" in page
 
     start = time.perf_counter()
     third = _run(flags)

@@ -37,7 +37,9 @@ def main(argv=None):
     with Run(benchmark_config, argv, sections=("Benchmark",), description=__doc__) as run:
         s = run.settings
         folder = Path(s.OUT_DIR) if s.OUT_DIR else RESULTS
-        report = Report("project2_tokenizer", "A byte-level BPE tokenizer, training and encoding", "cpu", folder)
+        report = Report(
+            "project2_tokenizer", "A byte-level BPE tokenizer, training and encoding", folder=folder, host=True
+        )
         train_texts, unseen = read_corpus(run, s)
         compilation(report)
         tokenizer = training(report, s, train_texts)

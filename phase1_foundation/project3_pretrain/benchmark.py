@@ -277,16 +277,15 @@ def check_resume(report):
 
 def check_ranks(report):
     """Two processes with NCCL against one, on the same global batch."""
+    name = "two GPUs (NCCL) give the losses of one on the same global batch"
     if torch.cuda.device_count() < 2:
-        report.skip("two GPUs give the loss of one", "needs two GPUs")
+        report.skip(name, "needs two GPUs")
         return
     with tempfile.TemporaryDirectory() as folder:
         one = run_training([*TINY_RUN, "--dtype", "float32", "--out_dir", f"{folder}/one"])
         two = run_training([*TINY_RUN, "--dtype", "float32", "--out_dir", f"{folder}/two"], processes=2)
     worst = max(abs(a - b) for a, b in zip(one, two, strict=True))
-    report.check(
-        "two GPUs (NCCL) give the losses of one on the same global batch", worst < 2e-3, f"largest gap {worst:.1e}"
-    )
+    report.check(name, worst < 2e-3, f"{len(one)} losses in float32, largest gap {worst:.1e}")
 
 
 def run_training(flags, kill_at=None, processes=1, environment=None):

@@ -366,6 +366,6 @@ def _take_rows(folder: Path, config: dict, tensors: dict, names: Names, model: n
             raise ValueError(f"{folder} lacks {theirs}.{ROWS}: it is incomplete, fetch it again")
         if tensor is not None:
             _check_shape(folder, f"{theirs}.{ROWS}", tensor, (len(ids), rows.shape[1]))
-            rows[[tokens.index(token) for token in ids]] = tensor.float()
+            rows[[tokens.index(token) for token in ids]] = tensor.to(rows)
         tables[ours] = rows
     return tokens, list(tables.values())

@@ -39,9 +39,10 @@ REFERENCE = "precomputed"  # precomputed, or adapters_off: the same model withou
 # == Training ==
 EPOCHS = 1.0  # how often every pair is read; MAX_STEPS, if given, decides instead
 MAX_STEPS = 0  # optimizer steps; 0: as many as EPOCHS needs
-BATCH_TOKENS = 4096 if _GPU else 2048  # places of one optimizer step for each side, chosen and rejected
+BATCH_TOKENS = 2048  # places of one optimizer step for each side, chosen and rejected
 LEARNING_RATE = 5e-5 if _GPU else 2e-4  # peak
 WARMUP_STEPS = 5  # linear warm-up
+COMPILE = False  # compiling takes longer than the few dozen steps of such a run
 
 # == Evaluation ==
 EVAL_EVERY = 20 if _GPU else 7  # steps between two validations

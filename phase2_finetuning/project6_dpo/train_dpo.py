@@ -165,6 +165,9 @@ def conclude(run, template, objective, asked, before, after):
     run.print(f"{'':36}  {'before':>9}  {'after':>9}")
     for name, *values in rows:
         run.print(f"{name:36}  " + "  ".join(f"{value:>9.4f}" for value in values))
+    names = "likelier_per_token", "longer_preferred"
+    run.log(step=run.settings.MAX_STEPS,
+            best=found.figures | {"kl": kl} | {name: getattr(found, name) for name in names})  # fmt: skip
     run.print(f"longer answer: {was.longer_chosen:.1%} of the pairs prefer it; the model's reward now does so in "
               f"{found.longer_preferred:.1%} of those of unequal length")  # fmt: skip
     for messages, *texts in list(zip(asked, said, says))[:SHOWN]:
