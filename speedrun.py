@@ -72,16 +72,8 @@ _TRAINING = {
         "dpo": ["--block_size", "128", "--batch_tokens", "2048"],
     },
     "h100": {
-        "pretrain": [
-            "--model",
-            "llama-125m",
-            "--block_size",
-            "1024",
-            "--batch_tokens",
-            "491520",
-            "--max_steps",
-            "1000",
-        ],
+        "pretrain": ["--model", "llama-125m", "--block_size", "1024", "--batch_tokens", "491520",
+                     "--max_steps", "1000"],
         "sft": ["--block_size", "1024", "--no_compile"],
         "dpo": ["--block_size", "512"],
     },
@@ -90,7 +82,7 @@ _TRAINING = {
         "sft": [*_QUICK, "--max_steps", "10"],
         "dpo": [*_QUICK, "--max_steps", "5", "--answers", "2"],
     },
-}
+}  # fmt: skip
 _STAGES = {"pretrain": "pre-trained", "sft": "fine-tuned", "dpo": "preference-tuned"}  # folder -> what its model is
 
 
@@ -252,13 +244,12 @@ def compress(best, train, val, s, path):
     print(f"held-out text: {scores['bits_per_byte']:.3f} bits a byte; xz -9: {scores['xz']:.3f}")
 
 
-def plain_text(path, tokenizer, most=None):
-    """The bytes of all documents in a token file, or the last `most` of them."""
+def plain_text(path, tokenizer, most=sys.maxsize):
+    """The last `most` bytes of all documents in a token file."""
     tokens = np.fromfile(path, dtype=read_header(path)["dtype"])
     tokens = tokens[tokens != tokenizer.eot_id]
-    if most is None:
-        return tokenizer.decode_bytes(tokens.tolist())
-    return tokenizer.decode_bytes(tokens[max(0, len(tokens) - most) :].tolist())[-most:] if most else b""
+    text = tokenizer.decode_bytes(tokens[max(0, len(tokens) - most) :].tolist())  # a token has at least one byte
+    return text[max(0, len(text) - most) :]
 
 
 def write_report(s, stages, texts, scores):
@@ -325,7 +316,7 @@ def quality(scores):
         "| --- | --- |",
         f"| model, bits a byte | **{scores['bits_per_byte']:.3f}** |",
         f"| `xz -9` on the same bytes | {scores['xz']:.3f} |",
-        f"| `xz -9` that has read the training text first | {scores['xz_primed']:.3f} |",
+        f"| `xz -9` that has read the training text first (the last 64 MiB) | {scores['xz_primed']:.3f} |",
         f"| loss, nats a token | {scores['loss']:.3f} |",
         f"| perplexity | {scores['perplexity']:.1f} |",
         f"| BLiMP sample, accuracy (chance 50%, and 340 pairs leave 3% either way) | {scores['blimp']:.1%} |",

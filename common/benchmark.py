@@ -161,9 +161,8 @@ class Report:
         if self.keep and self.path.exists():
             old = json.loads(self.path.read_text(encoding="utf-8"))
             result["checks"] = _renewed(old["checks"], self.checks)
-            checked = {
-                check["name"] for check in result["checks"]
-            }  # a check that was skipped is a row until it is made
+            # a check that was skipped stands among the rows until it is made
+            checked = {check["name"] for check in result["checks"]}
             rows = [row for row in old["rows"] if not ("skipped" in row and row["name"] in checked)]
             result["rows"] = _renewed(rows, self.rows, old["date"])
             result["series"] = old["series"] | self.curves

@@ -52,6 +52,13 @@ def test_settings_device_and_configuration(config, capsys):
     assert printed.endswith("hello!\n")
 
 
+def test_peak_memory_is_that_of_the_run_alone(config, monkeypatch):
+    forgotten = []
+    monkeypatch.setattr("common.run.reset_peak_memory", forgotten.append)
+    with Run(config, [], quiet=True) as run:
+        assert forgotten == [run.device]
+
+
 def test_a_missing_library_is_one_line_and_a_missing_part_of_ours_a_traceback(config, capsys):
     with pytest.raises(SystemExit) as exit_, Run(config, [], quiet=True):
         import a_library_that_nobody_has  # noqa: F401

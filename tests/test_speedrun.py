@@ -15,6 +15,8 @@ import pytest
 import speedrun
 from common import ROOT
 from common.checkpoint import load as load_checkpoint
+from phase1_foundation.project2_tokenizer.tokenizer import BPETokenizer
+from phase1_foundation.project3_pretrain.token_file import write_tokens
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +108,15 @@ def test_a_stage_with_other_settings_leaves_nothing_of_the_old_one(tmp_path, mon
             speedrun.train_stage(script, "pretrain", [], s, fresh)
         assert len([path for path in folder.iterdir() if path.suffix != ".old"]) == left
     assert len(list(folder.glob("*.old"))) == 4
+
+
+def test_the_end_of_a_token_files_text(tmp_path):
+    tokenizer = BPETokenizer.train(["to be or not to be"], 262, ["<|endoftext|>"])
+    path = tmp_path / "text.bin"
+    write_tokens(path, ["to be", "or not"], tokenizer)
+    assert speedrun.plain_text(path, tokenizer) == b"to beor not"
+    for most, text in {0: b"", 1: b"t", 7: b"eor not", 99: b"to beor not"}.items():
+        assert speedrun.plain_text(path, tokenizer, most) == text
 
 
 def test_the_chat_at_the_end_needs_a_terminal(monkeypatch):

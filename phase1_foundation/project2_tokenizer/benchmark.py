@@ -37,9 +37,8 @@ def main(argv=None):
     with Run(benchmark_config, argv, sections=("Benchmark",), description=__doc__) as run:
         s = run.settings
         folder = Path(s.OUT_DIR) if s.OUT_DIR else RESULTS
-        report = Report(
-            "project2_tokenizer", "A byte-level BPE tokenizer, training and encoding", folder=folder, host=True
-        )
+        title = "A byte-level BPE tokenizer, training and encoding"
+        report = Report("project2_tokenizer", title, folder=folder, host=True)
         train_texts, unseen = read_corpus(run, s)
         compilation(report)
         tokenizer = training(report, s, train_texts)
@@ -348,7 +347,7 @@ def draw(report, s, speeds, tokenizer, texts):
     """Speeds as bars, and bytes per token of both rules over the size of the vocabulary."""
     groups = {kind: [speeds[name][kind] for name in speeds] for kind in speeds["English"]}
     title = "Encoding with GPT-2's vocabulary on one thread"
-    plots.bars(report.folder / "project2_tokenizer.cpu.png", list(speeds), groups, "MB/s", title)
+    plots.bars(report.folder / f"project2_tokenizer.{report.slug}.png", list(speeds), groups, "MB/s", title)
     sample, series = texts[: max(1, len(texts) // 4)], {}
     size = size_of(sample)
     sizes = [v for v in (512, 1024, 2048, 4096, 8192, 16384, 32768) if v < tokenizer.vocab_size] + [
@@ -361,7 +360,7 @@ def draw(report, s, speeds, tokenizer, texts):
             ys.append(size / sum(map(len, part.encode_batch(sample))))
         series[rule] = (sizes, ys)
         report.series(f"bytes per token by vocabulary size: {rule}", sizes, ys)
-    path = report.folder / "project2_tokenizer.rules.cpu.png"
+    path = report.folder / f"project2_tokenizer.rules.{report.slug}.png"
     plots.curves(path, series, "ids", "bytes per token", "The two encoding rules on one vocabulary", logx=True)
 
 

@@ -286,7 +286,7 @@ def compare_runs(report, s):
 def run_training(s, source, folder, flags):
     """Train with some flags and return what the best model prefers: the last line of metrics.jsonl."""
     train_dpo.main([
-        "--checkpoint", str(source), "--train_data_path", s.CORPUS, "--epochs", str(s.EPOCHS), "--no_compile",
+        "--checkpoint", str(source), "--train_data_path", s.CORPUS, "--epochs", str(s.EPOCHS),
         "--device", s.DEVICE, "--answers", "0", "--out_dir", folder, "--no_resume", *shlex.split(s.FLAGS), *flags,
     ])  # fmt: skip
     return [entry["best"] for entry in read_metrics(Path(folder) / "metrics.jsonl") if "best" in entry][-1]

@@ -98,7 +98,8 @@ def test_a_run_that_goes_on_from_an_earlier_step_repeats_itself_bit_by_bit(base,
     assert "resuming" in capsys.readouterr().out
     assert seen[0] == seen[1] and len(seen[0]) == 12 + 2 + 1
     # A reference taken anew from the weights of step 6 would give a smaller margin and a smaller KL at the end.
-    best = seen[1][-1]["best"]
+    last, best = [entry for entry in seen[1] if "val_loss" in entry][-1], seen[1][-1]["best"]
+    assert last["margin"] > 1 and last["kl"] > 0.01
     assert best["margin"] > 1 and best["kl"] > 0.01 and {"likelier_per_token", "longer_preferred"} <= best.keys()
 
 
