@@ -325,7 +325,7 @@ def write_adapters(model, names, folder, tokens):
 
 
 def measure_losses(report, s, device, _):
-    """Fine-tune on the bundled conversations: all weights, adapters of several ranks, and peft's; draw the curves."""
+    """Fine-tune on conversations: all weights, adapters of several ranks, and peft's; draw the curves."""
     found = s.CHECKPOINT or next(filter(None, (newest_checkpoint(CHECKPOINTS / name) for name in PRETRAINED)), None)
     if found is None:
         return report.skip("loss on held-out answers", "needs a pre-trained model: --checkpoint, or run speedrun.py")
@@ -345,11 +345,12 @@ def measure_losses(report, s, device, _):
     for name, build in ways.items():
         rate = s.FULL_RATE if name == "all weights" else s.LORA_RATE
         lines[name] = fine_tuned(build(), rate, *sets, s, device)
+        report.series(f"loss on held-out answers: {name}", *lines[name])
         if name != "all weights":
             report.row(f"loss on held-out answers: {name}", lines[name][1][-1], "nats/token",
                        peer=lines["all weights"][1][-1], peer_name="all weights", higher_is_better=False,
-                       note=f"after {s.STEPS} steps, from {lines[name][1][0]:.3f}; all adapters at the rate tuned for "
-                            f"LoRA of rank {s.RANK}, one seed")  # fmt: skip
+                       note=f"after {s.STEPS} steps, from {lines[name][1][0]:.3f}; all adapters at a rate of {rate:g}, "
+                            f"all weights at {s.FULL_RATE:g}, one seed")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         name = f"LoRA, rank {s.RANK}"
         theirs = peft_like(ways[name](), base, folder, device)
@@ -357,7 +358,7 @@ def measure_losses(report, s, device, _):
     report.row(f"loss on held-out answers: {name}, against peft", lines[name][1][-1], "nats/token", peer=losses[-1],
                peer_name="peft, same start and batches", higher_is_better=False)  # fmt: skip
     curves(report.folder / f"project5_lora.{report.slug}.png", lines, "optimizer steps",
-           "loss on held-out answers (nats a token)", "Fine-tuning on the bundled conversations")  # fmt: skip
+           "loss on held-out answers (nats a token)", "Fine-tuning on conversations")  # fmt: skip
 
 
 def conversation_sets(template, s, block_size):

@@ -24,8 +24,8 @@ CORPUS = str(DATA / "sft_sample.jsonl.xz")  # conversations to fine-tune on
 STEPS = 60  # optimizer steps of each fine-tuning whose loss is compared
 EVALUATIONS = 6  # points of its curve
 EVAL_TOKENS = 16_384  # tokens of one evaluation
-FULL_RATE = 2e-3  # learning rate of all weights: the best of 1e-3, 2e-3 and 4e-3 after 60 steps
-LORA_RATE = 1e-2  # learning rate of adapters: the best of 2e-3, 1e-2, 2e-2 and 4e-2 after 60 steps
+FULL_RATE = 3e-4 if _GPU else 2e-3  # learning rate of all weights: the best of those compared (README)
+LORA_RATE = 2e-3 if _GPU else 1e-2  # learning rate of adapters: the best of those compared (README)
 
 
 def validate_config(settings=None):
