@@ -1,4 +1,4 @@
-"""Tests of the decoder: layers, plans, positions, head, presets, activation checkpointing."""
+"""Tests of the decoder: presets, the whole model, its layers against their formulas, compilation into one graph."""
 
 import copy
 import json
@@ -10,15 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import ROOT
-from common.modules import swap_modules
-from phase1_foundation.project3_pretrain import layers, plans, positions
+from phase1_foundation.project3_pretrain import layers, plans
 from phase1_foundation.project3_pretrain.checkpointing import checkpoint_activations
-from phase1_foundation.project3_pretrain.head import IGNORE, chunked_nll, plain_nll, use_chunked_loss
+from phase1_foundation.project3_pretrain.head import use_chunked_loss
 from phase1_foundation.project3_pretrain.model import PRESETS, ModelConfig, Transformer
-from phase1_foundation.project3_pretrain.plans import Causal, Packed, sdpa, visible
+from phase1_foundation.project3_pretrain.plans import Causal, Packed, sdpa
 
 TINY = PRESETS["cpu-tiny"]
 TINY_GPT2 = dict(vocab_size=256, block_size=64, n_layer=2, n_head=2, n_embd=32)
@@ -269,273 +267,6 @@ def test_mlps():
     torch.testing.assert_close(gated(x), gated.down_proj(gate * torch.sigmoid(gate) * gated.up_proj(x)))
 
 
-# --- who sees whom ---
-
-
-def test_masks_written_out():
-    assert visible(4).int().tolist() == [
-        [1, 0, 0, 0],
-        [1, 1, 0, 0],
-        [1, 1, 1, 0],
-        [1, 1, 1, 1],
-    ]
-    assert visible(4, window=2).int().tolist() == [
-        [1, 0, 0, 0],
-        [1, 1, 0, 0],
-        [0, 1, 1, 0],
-        [0, 0, 1, 1],
-    ]
-    documents = torch.tensor([0, 0, 2, 2, 2])  # lengths 2 and 3
-    assert visible(5, starts=documents).int().tolist() == [
-        [
-            [1, 0, 0, 0, 0],
-            [1, 1, 0, 0, 0],
-            [0, 0, 1, 0, 0],
-            [0, 0, 1, 1, 0],
-            [0, 0, 1, 1, 1],
-        ]
-    ]
-    assert visible(5, window=2, starts=documents)[0].int().tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [0, 0, 1, 0, 0],
-        [0, 0, 1, 1, 0],
-        [0, 0, 0, 1, 1],
-    ]
-    assert visible(3, window=2, causal=False).int().tolist() == [[1, 1, 1], [1, 1, 1], [0, 1, 1]]
-
-
-def attention_by_the_formula(q, k, v, scale, mask):
-    k, v = (x.repeat_interleave(q.shape[-2] // x.shape[-2], dim=-2) for x in (k, v))
-    scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-    return torch.einsum("bhij,bjhd->bihd", weights, v)
-
-
-@pytest.mark.parametrize("window", [None, 3, 100])
-@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("kernel", [sdpa, plans.prefer("math"), plans.prefer("cudnn", "flash", "math")])
-def test_kernels_compute_the_formula(window, n_kv_head, documents, kernel):
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(2, 9, 4, 6, generator=generator, dtype=torch.float64)
-    k = torch.randn(2, 9, n_kv_head, 6, generator=generator, dtype=torch.float64)
-    v = torch.randn(2, 9, n_kv_head, 5, generator=generator, dtype=torch.float64)
-    starts = torch.tensor([[0] * 4 + [4] * 5, [0] * 9]) if documents else None
-    mask = visible(9, window, starts)
-    expected = attention_by_the_formula(q, k, v, 0.3, mask)
-    torch.testing.assert_close(kernel(q, k, v, scale=0.3, window=window, starts=starts), expected)
-
-
-def test_unknown_back_end():
-    with pytest.raises(ValueError, match="cudnn, flash, efficient, math"):
-        plans.prefer("cuda")
-
-
-@pytest.mark.parametrize("fields", [{}, dict(windows=(3, None))])
-@pytest.mark.parametrize("preset", ["cpu-tiny", "gpt2"])
-def test_packed_documents_get_the_logits_they_get_alone(preset, fields):
-    model = make(preset, **fields)
-    texts = [random_tokens(n, seed=n) for n in (5, 1, 10, 16)]
-    alone = [model(text.unsqueeze(0))[0] for text in texts]
-    flat = model(torch.cat(texts), Packed([5, 1, 10, 16], model.specs, model.kernel))
-    torch.testing.assert_close(flat, torch.cat(alone))
-    rows = torch.stack([torch.cat(texts[:3]), texts[3]])
-    nested = model(rows, Packed([[5, 1, 10], [16]], model.specs, model.kernel))
-    torch.testing.assert_close(nested.flatten(0, 1), torch.cat(alone))
-
-
-def test_documents_are_found_by_the_mark_before_them():
-    tokens = torch.tensor([[7, 0, 5, 5, 5, 0, 1, 2], [0, 0, 3, 3, 3, 3, 3, 0]])
-    marks = Packed.at_marks(tokens, 0, [], sdpa)
-    lengths = Packed([[1, 4, 3], [1, 6, 1]], [], sdpa)
-    assert torch.equal(marks.positions, lengths.positions) and torch.equal(marks.starts, lengths.starts)
-
-
-def test_a_packed_document_longer_than_the_context_is_refused():
-    model = make(block_size=8)
-    Packed([8, 4], model.specs, model.kernel)
-    with pytest.raises(ValueError, match="12 tokens exceeds block_size=8"):
-        Packed([12], model.specs, model.kernel)
-
-
-@pytest.mark.parametrize("lengths", [[], [3, 0], [[3, 5], [7]], [-1, 4]])
-def test_lengths_that_cannot_be(lengths):
-    with pytest.raises(ValueError, match="must be positive and add up"):
-        Packed(lengths, [], sdpa)
-
-
-def test_windows_limit_what_a_stack_can_see():
-    model, tokens = make(windows=(3, 3)), random_tokens(1, 32)
-    changed = tokens.clone()
-    changed[0, 10] = (changed[0, 10] + 1) % 256
-    differs = (model(tokens) != model(changed)).any(-1)[0]
-    assert differs.nonzero().flatten().tolist() == [10, 11, 12, 13, 14]  # two layers of window 3 reach 4 tokens back
-
-
-# --- positions ---
-
-
-def test_rope_turns_pairs_by_the_papers_angles():
-    config = TINY(head_size=8, block_size=16)
-    x = torch.randn(1, 16, 3, 8, generator=torch.Generator().manual_seed(0))
-    turned, _ = positions.Rotation(config)(x, x, torch.arange(16).expand(1, 16))
-    angles = torch.outer(torch.arange(16.0), 10000.0 ** -(torch.arange(4.0) * 2 / 8))
-    spun = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angles), angles)[:, None]
-    torch.testing.assert_close(turned, torch.cat((spun.real, spun.imag), -1))
-
-
-def test_rope_sees_distances_only():
-    rotation = positions.Rotation(TINY(head_size=8))
-    q, k = torch.randn(2, 1, 1, 8, generator=torch.Generator().manual_seed(0))
-
-    def score(at_q, at_k):
-        return (rotation(q, q, torch.tensor([at_q]))[0] * rotation(k, k, torch.tensor([at_k]))[0]).sum()
-
-    torch.testing.assert_close(score(5, 2), score(43, 40))
-    assert not torch.allclose(score(5, 2), score(5, 3))
-
-
-def test_the_rope_table_is_no_state_and_stays_float32():
-    model, tokens = make(), random_tokens(1, 8)
-    table = model.blocks[0].attention.rotation.table.clone()
-    assert not [name for name in model.state_dict() if "rotation" in name]
-    with torch.device("meta"):
-        empty = Transformer(model.config)
-    empty.to_empty(device="cpu").load_state_dict(model.state_dict())
-    torch.testing.assert_close(empty(tokens), model(tokens))
-    model.to(torch.bfloat16).to(torch.float32)
-    assert torch.equal(model.blocks[0].attention.rotation.table, table)
-    assert len([name for name, _ in model.named_buffers()]) == 1  # one table for all layers
-
-
-# --- the loss ---
-
-
-@pytest.mark.parametrize("chunk", [1, 4, 7, 100])
-def test_chunked_loss_is_the_plain_one(chunk):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 5, 8, generator=generator, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(11, 8, generator=generator, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(0, 11, (3, 5), generator=generator)
-    targets[1, :3] = IGNORE
-    upstream = torch.rand(3, 5, generator=generator)
-    expected = F.cross_entropy((x @ weight.T).flatten(0, 1), targets.flatten(), reduction="none").view(3, 5)
-    for loss in (plain_nll, lambda *args: chunked_nll(*args, chunk=chunk)):
-        nll = loss(x, weight, targets)
-        assert nll.dtype == torch.float32 and not nll[1, :3].any()
-        torch.testing.assert_close(nll, expected.float())
-        ours = torch.autograd.grad((nll * upstream).sum(), (x, weight), retain_graph=True)
-        theirs = torch.autograd.grad((expected * upstream).sum(), (x, weight), retain_graph=True)
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the most values that any operation returned."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor):
-            self.largest = max(self.largest, out.numel())
-        return out
-
-
-def test_chunked_loss_never_holds_all_logits():
-    x, weight = torch.randn(64, 4, requires_grad=True), torch.randn(500, 4, requires_grad=True)
-    targets = torch.randint(0, 500, (64,))
-    largest = {}
-    for name, loss in {"plain": plain_nll, "chunked": lambda *args: chunked_nll(*args, chunk=8)}.items():
-        with LargestTensor() as mode:
-            loss(x, weight, targets).sum().backward()
-        largest[name] = mode.largest
-    assert largest["plain"] == 64 * 500
-    assert largest["chunked"] == 8 * 500
-
-
-def test_the_loss_is_chosen_once():
-    model, tokens = make(), random_tokens(2, 16)
-    plain = model(tokens, targets=tokens)
-    torch.testing.assert_close(use_chunked_loss(model, chunk=5)(tokens, targets=tokens), plain)
-    assert model.use_loss(lambda x, weight, targets: targets.float())(tokens, targets=tokens).equal(tokens.float())
-
-
-@pytest.mark.parametrize("loss", [plain_nll, chunked_nll])
-def test_autocast_runs_the_stream_in_its_dtype_and_the_loss_in_float32(loss):
-    model, tokens = make().use_loss(loss), random_tokens(2, 16)
-    reference = model(tokens, targets=tokens)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model.embed(tokens, torch.arange(16)).dtype == torch.bfloat16
-        nll, logits = model(tokens, targets=tokens), model(tokens)
-        wide = model.use_stream(lambda x: x.dtype).embed(tokens, torch.arange(16))
-    assert nll.dtype == torch.float32 and logits.dtype == torch.bfloat16 and wide.dtype == torch.float32
-    assert (nll - reference).abs().max() < 0.1
-    nll.sum().backward()
-    assert model.blocks[0].mlp.up_proj.weight.grad.dtype == torch.float32
-
-
-# --- activation checkpointing ---
-
-
-def saved_bytes(model, tokens):
-    total = 0
-
-    def pack(tensor):
-        nonlocal total
-        total += tensor.nbytes
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(tokens, targets=tokens).sum()
-    loss.backward()
-    return total, loss.item(), [parameter.grad.clone() for parameter in model.parameters()]
-
-
-@pytest.mark.parametrize("every", [1, 2])
-def test_checkpointing_changes_memory_alone(every):
-    tokens, names = random_tokens(2, 32), list(make().state_dict())
-    plain_total, plain_loss, plain_grads = saved_bytes(make(), tokens)
-    model = checkpoint_activations(make(), every=every)
-    total, loss, grads = saved_bytes(model, tokens)
-    assert loss == plain_loss and list(model.state_dict()) == names
-    torch.testing.assert_close(grads, plain_grads, rtol=0, atol=0)
-    share = total / plain_total
-    assert share < 0.4 if every == 1 else 0.4 < share < 0.8
-
-
-def test_layers_can_be_swapped_inside_checkpointed_blocks():
-    class Zero(nn.Module):
-        def forward(self, x):
-            return torch.zeros_like(x)
-
-    model, reference, tokens = checkpoint_activations(make()), make(), random_tokens(1, 8)
-    for changed in (model, reference):
-        swap_modules(changed, lambda name, old: Zero(), lambda name, module: name.endswith("mlp"))
-    assert torch.equal(model(tokens), reference(tokens))
-
-
-def test_a_checkpointed_block_keeps_a_forward_of_its_own():
-    class Doubling(layers.Block):
-        def forward(self, x, plan, layer):
-            return 2 * super().forward(x, plan, layer)
-
-    model, reference, tokens = make(), make(), random_tokens(1, 8)
-    for changed in (model, reference):
-        changed.blocks[1].__class__ = Doubling
-    checkpoint_activations(checkpoint_activations(model))  # asked for twice, done once
-    assert torch.equal(model(tokens), reference(tokens))
-    assert not torch.equal(model(tokens), make()(tokens))
-    assert isinstance(model.blocks[1], Doubling)
-
-
-def test_checkpointing_refuses_nonsense():
-    with pytest.raises(ValueError, match="every=0 must be at least 1"):
-        checkpoint_activations(make(), every=0)
-    with pytest.raises(ValueError):
-        checkpoint_activations(nn.Linear(2, 2))
-
-
 # --- torch.compile: one graph, no breaks ---
 
 
@@ -580,7 +311,4 @@ if __name__ == "__main__":
     for name, preset in PRESETS.items():
         with torch.device("meta"):
             print(f"  {name:14s} {Transformer(preset()).n_parameters() / 1e6:9.1f} M")
-    print("who sees whom, two documents of 2 and 3 tokens, window 2:")
-    for row in visible(5, window=2, starts=torch.tensor([0, 0, 2, 2, 2]))[0].int().tolist():
-        print("  " + " ".join(".x"[value] for value in row))
     raise SystemExit(pytest.main([__file__, "-q"]))
