@@ -25,7 +25,7 @@ from common import settings as common_settings
 from common.checkpoint import atomic_write
 from common.device import device_name, pick_device
 from common.progress import clock
-from common.run import Run
+from common.run import Run, interruptible
 from common.stages import Stages
 from phase1_foundation.project3_pretrain import config as pretrain_config
 from phase1_foundation.project3_pretrain import download_data, evaluation, prepare_data, train_pretrain, zero_shot
@@ -144,8 +144,9 @@ def speedrun(s):
                    files=files, settings=[flags_of(stage, s), s.SEED],
                    outputs=[models[stage], out / stage / "curves.png"])  # fmt: skip
     examined = [*models.values(), train, val, conversations, _PREFERENCES[1], _BLIMP]
-    stages.run("evaluation", lambda fresh: evaluate(models, train, val, conversations, s, (scores, table, bars)),
-               files=examined, outputs=[scores, table, bars])  # fmt: skip
+    with interruptible():  # nothing of this stage would be kept
+        stages.run("evaluation", lambda fresh: evaluate(models, train, val, conversations, s, (scores, table, bars)),
+                   files=examined, outputs=[scores, table, bars])  # fmt: skip
     write_report(s, stages, [*texts, conversations], json.loads(scores.read_text(encoding="utf-8")))
 
 

@@ -149,17 +149,26 @@ def _optional(module):
     return module and not module.startswith(("common", "phase"))
 
 
-def ask(question):
-    """A line from the keyboard; None for Ctrl-D and Ctrl-C, which `Run` would only take for a request to stop."""
+@contextlib.contextmanager
+def interruptible():
+    """Within this block Ctrl-C raises KeyboardInterrupt at once, where there is nothing to save; `Run` would only take
+    it for a request to stop after a step."""
     handler = _install(signal.default_int_handler)
     try:
-        return input(question)
-    except (EOFError, KeyboardInterrupt):
-        print()
-        return None
+        yield
     finally:
         if handler is not None:
             signal.signal(signal.SIGINT, handler)
+
+
+def ask(question):
+    """A line from the keyboard; None for Ctrl-D and Ctrl-C."""
+    try:
+        with interruptible():
+            return input(question)
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
 
 
 def _install(handler):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from common import ROOT
-from common.run import Run
+from common.run import Run, interruptible
 from common.test_settings import make_config
 
 CONFIG = '''"""A config."""
@@ -168,6 +168,14 @@ def test_the_first_interrupt_asks_and_the_second_stops(config, capfd):
     assert "saved" in shown.out
     assert shown.err.count("Stopping after this step") == 1
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_where_nothing_would_be_kept_the_first_interrupt_stops(config):
+    with pytest.raises(SystemExit) as exit_, Run(config, [], quiet=True) as run, interruptible():  # noqa: PT012
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("it went on")
+    assert exit_.value.code == 130
+    assert not run.stopping
 
 
 def test_other_ranks_stay_silent(config, capfd, monkeypatch, tmp_path):

@@ -90,8 +90,8 @@ def _gaps(pairs: Tensor) -> Tensor:
 
 
 def _share(gaps: Tensor) -> float:
-    """The share of positive ones; a zero counts half."""
-    return float((gaps.sign() + 1).mean() / 2)
+    """The share of positive ones; a zero counts half, and of none at all it is a half."""
+    return float((gaps.sign() + 1).mean() / 2) if len(gaps) else 0.5
 
 
 def judge(model, data: PreferenceDataset, max_tokens=None, dtype=None) -> Judgement:

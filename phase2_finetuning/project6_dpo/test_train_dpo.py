@@ -214,6 +214,8 @@ def test_a_judgement_by_hand():
     assert found.likelier_per_token == pytest.approx((0 + 0.5 + 0.5) / 3)  # -1 against -0.75, then two ties
     assert found.longer_chosen == pytest.approx(1.5 / 3)
     assert found.longer_preferred == 0.0  # twice the shorter answer
+    equal = Judgement(sums=tensor([-2, -3]), reference=tensor([-3, -3]), lengths=tensor([2, 2]))
+    assert equal.longer_preferred == 0.5  # none is longer
 
 
 @pytest.fixture(scope="module")
