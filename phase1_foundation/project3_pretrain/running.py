@@ -294,6 +294,20 @@ def say_how_to_continue(run, state):
     run.print(f"stopped after step {state.iter} of {state.total}, saved in {last}: run again with {flags} to continue")
 
 
+def write_plain(model, tokenizer, path):
+    """Write a checkpoint of a model that no run will continue."""
+    checkpoint.save(path, {
+        "iter": 0,
+        "model_state_dict": model.state_dict(),
+        "optimizer_state_dict": {},
+        "train_loss": math.nan,
+        "val_loss": math.nan,
+        "config": {"kind": "transformer", "model": model.config.to_dict(), "settings": {}},
+        "tokenizer": tokenizer and tokenizer.to_dict(),
+        "recipe": model.recipe,
+    })  # fmt: skip
+
+
 def files_of(folder):
     """The names of those of a run's files that exist.
 

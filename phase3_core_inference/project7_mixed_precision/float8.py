@@ -11,6 +11,7 @@ Each component is explained with paper references for educational purposes.
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,15 +32,15 @@ def to_float8(x: Tensor, dtype: torch.dtype, dim: int | None = None) -> tuple[Te
     Scale a tensor so that its largest value is the format's, and cast
 
     PAPER: "FP8 Formats for Deep Learning", arXiv:2209.05433, section 3.
-    PAPER CONTEXT: one scale cannot serve all tensors of a network; software keeps a factor for each, and any real number
-        will do. Its implementations derive it from earlier steps (delayed scaling).
+    PAPER CONTEXT: one scale cannot serve all tensors of a network; software keeps a factor for each, and any real
+        number will do. How it is found is left open; libraries often take it from earlier steps (delayed scaling).
     INTUITION: choose the map's scale so that the whole country fits on the sheet.
     IMPLEMENTATION: scale = largest of the format / max |x|, over all of x or along `dim` (row by row); here from the
         very tensor (dynamic scaling): one more sweep, which compiles into what produces x, and no state.
     WHY: 4 or 5 bits of exponent reach 2^18 or 2^32 at most; where in float32's range they lie is the scale's business.
 
-    Returns the codes (float8, shaped like x), and by what to multiply them, float32: (), or x's shape with `dim` at 1. A
-    tensor of zeros gives zeros; infinity and NaN give NaN, as nothing may hide them.
+    Returns the codes (float8, shaped like x), and by what to multiply them, float32: (), or x's shape with `dim` at 1.
+    A tensor of zeros gives zeros; infinity and NaN give NaN, as nothing may hide them.
     """
     largest = torch.finfo(dtype).max
     wide = x.float()
@@ -58,20 +59,19 @@ def emulated_product(a: Tensor, b: Tensor, unscale_a: Tensor, unscale_b: Tensor,
     PAPER CONTEXT: inputs are rounded to float8 values, products are accumulated in a wider format.
     INTUITION: what a small number costs is lost when it is rounded; after that any arithmetic may be used.
     IMPLEMENTATION: cast up, multiply in float32, unscale.
-    WHY: tests and small runs on any machine, with the errors of the real thing, and slower than not to use float8 at all.
+    WHY: tests and small runs on any machine, with the errors of the real thing; slower than without float8.
 
     a (M, K), b (K, N) -> (M, N) in `dtype`; `fast` changes nothing.
     """
-    return (a.float() @ b.float() * unscale_a * unscale_b).to(dtype)
+    with torch.autocast(a.device.type, enabled=False):  # which would round the product before it is unscaled
+        return (a.float() @ b.float() * unscale_a * unscale_b).to(dtype)
 
 
 def hardware_product(a: Tensor, b: Tensor, unscale_a: Tensor, unscale_b: Tensor, dtype: torch.dtype, fast: bool):
     """The same on tensor cores: `a` must lie row by row, `b` column by column; `fast` accumulates with fewer bits."""
     rows = unscale_a.ndim > 0  # scales of rows come with bfloat16 results alone
-    y = torch._scaled_mm(
-        a, b, unscale_a, unscale_b, out_dtype=torch.bfloat16 if rows else dtype, use_fast_accum=fast
-    )  # fmt: skip
-    return y.to(dtype)
+    out_dtype = torch.bfloat16 if rows else dtype
+    return torch._scaled_mm(a, b, unscale_a, unscale_b, out_dtype=out_dtype, use_fast_accum=fast).to(dtype)
 
 
 def product_for(device: torch.device) -> Product:
@@ -129,11 +129,11 @@ class RowScaled(torch.autograd.Function):
     """
     x W^T with a scale for each row of the left factor and each column of the right one
 
-    PAPER: "FP8 Formats for Deep Learning", arXiv:2209.05433, section 3, has one scale a tensor; rows are later practice.
+    PAPER: "FP8 Formats for Deep Learning", arXiv:2209.05433, section 3: a scale a tensor; rows are later practice.
     PAPER CONTEXT: a scale can be taken out of a sum, so every row of a product may have its own.
     INTUITION: one loud token no longer decides how finely all the others are drawn.
     IMPLEMENTATION: scales run along what is summed over, and that is another dimension in each of the three products:
-        every tensor is scaled and cast twice. E4M3 for gradients, too, as is usual: a row needs less reach than a tensor.
+        every tensor is scaled and cast twice. E4M3 for gradients, too, as is usual: a row needs less reach.
     WHY: outliers cost less precision; the price is more casting, and a slower kernel than with one scale.
 
     Arguments as for `TensorScaled`.
@@ -175,14 +175,15 @@ class Float8Linear(nn.Linear):
     PAPER: "FP8 Formats for Deep Learning", arXiv:2209.05433, section 4.
     PAPER CONTEXT: all linear layers of a Transformer run in FP8; the rest, and the weights that are updated, do not.
     INTUITION: the recipe stays in the book in full, what goes to the kitchen is a note.
-    IMPLEMENTATION: the parameters are those of the `nn.Linear` that it replaces, under the same names. Ragged numbers of
-        tokens are filled up with zeros to a multiple of 16, for the product that sums over tokens.
+    IMPLEMENTATION: the parameters are those of the `nn.Linear` that it replaces, under the same names. Ragged
+        numbers of tokens are filled up with zeros to a multiple of 16, for the product that sums over tokens.
     WHY: checkpoints, optimizers, adapters and exporters see a plain linear layer.
 
     x (..., in) -> (..., out), in autocast's dtype where that is on, else in the dtype of x.
     """
 
-    DIMENSIONS = {"weight": (0, 1), "bias": (0, None)}  # which dimension of each tensor is output, which input
+    # which dimension of each tensor is output, which input
+    DIMENSIONS: ClassVar[dict] = {"weight": (0, 1), "bias": (0, None)}
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, scaling: str = "tensor"):
         super().__init__(in_features, out_features, bias, device)
@@ -260,8 +261,8 @@ def convert_to_float8(model: nn.Module, scaling: str = "tensor", skip: Sequence[
     swapped, candidates = swap_modules(model, make, lambda name, module: isinstance(module, nn.Linear), skip)
     if swapped == len(odd):
         raise ValueError(
-            f"none of {candidates} linear layers can multiply in float8: {', '.join(odd[:3]) or 'all are skipped'}; both "
-            f"sizes of a weight must be multiples of {MULTIPLE}"
+            f"none of {candidates} linear layers can multiply in float8: {', '.join(odd[:3]) or 'all are skipped'}; "
+            f"both sizes of a weight must be multiples of {MULTIPLE}"
         )
     if odd:
         warnings.warn(

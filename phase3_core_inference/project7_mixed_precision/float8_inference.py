@@ -8,6 +8,7 @@ Each component is explained with paper references for educational purposes.
 """
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,14 +35,15 @@ class StoredFloat8Linear(nn.Module):
     PAPER CONTEXT: networks trained in 16 bits keep their accuracy when weights and activations are cast to E4M3.
     INTUITION: the book is thrown away, the notes are kept: half the shelf, and half to carry for every answer.
     IMPLEMENTATION: bytes (out, in) and a scale (out, 1). Scales are powers of two, unlike in training: exact in every
-        float type, so that moving or casting the model changes nothing; it costs at most one bit of reach, no precision.
+        float type, so that casting the model changes nothing; it costs at most one bit of reach, no precision.
         Activations are cast token by token, since tensor cores multiply float8 by float8.
     WHY: decoding reads every weight for every token, so its time is the bytes of the weights.
 
     x (..., in) -> (..., out), in autocast's dtype where that is on, else in the dtype of x.
     """
 
-    DIMENSIONS = {"codes": (0, 1), "scale": (0, None), "bias": (0, None)}  # of each tensor: output, input
+    # which dimension of each tensor is output, which input
+    DIMENSIONS: ClassVar[dict] = {"codes": (0, 1), "scale": (0, None), "bias": (0, None)}
 
     def __init__(self, linear: nn.Module):
         super().__init__()

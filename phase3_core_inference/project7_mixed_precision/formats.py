@@ -21,7 +21,7 @@ class Format:
 
     PAPER: "FP8 Formats for Deep Learning", arXiv:2209.05433, section 3, table 1.
     PAPER CONTEXT: E5M2 is a small float16, with infinities; E4M3 has none, to win one more power of two.
-    INTUITION: exponent bits say how far the ruler reaches, mantissa bits how many marks stand between two powers of two.
+    INTUITION: exponent bits say how far the ruler reaches, mantissa bits how many marks lie between powers of two.
     IMPLEMENTATION: what follows from the bits is computed here and held against `torch.finfo` by a test; only the
         largest value must be told, since formats differ in how many of the highest codes are no numbers.
     WHY: everything in this project is a consequence of these few numbers.
@@ -71,8 +71,8 @@ def round_to(x: Tensor, name: str) -> Tensor:
 
     PAPER: "FP8 Formats for Deep Learning", arXiv:2209.05433, section 3.
     PAPER CONTEXT: casts round to the nearest value, and saturate at the largest in place of becoming infinite.
-    INTUITION: find the power of two below x: it says how far apart the marks are; go to the nearest, on a tie to the even
-        one. Below the smallest normal number the distance stays what it is there.
+    INTUITION: find the power of two below x: it says how far apart the marks are; go to the nearest, on a tie to the
+        even one. Below the smallest normal number the distance stays what it is there.
     IMPLEMENTATION: x / quantum, rounded, * quantum, all in float64, where both are exact. NaN and infinity stay.
     WHY: the definition; the casts that are used (`to_float8`, autocast) are held against it, value by value.
 

@@ -24,8 +24,8 @@ class LossScaler:
     The factor of the loss, and what is learned from each step about it
 
     PAPER: "Mixed Precision Training", arXiv:1710.03740, section 3.2; the rule is that of `torch.amp.GradScaler`.
-    PAPER CONTEXT: by the chain rule a scaled loss scales all gradients; one that overflows can be seen as infinities and
-        NaN in the weights' gradients, and then the update is skipped. The paper tells only that the scale may be dynamic.
+    PAPER CONTEXT: by the chain rule a scaled loss scales all gradients. The paper's factors are constants; an overflow
+        shows as infinities and NaN in the weights' gradients, and the update may then be skipped.
     INTUITION: turn the volume up until it distorts, go down a step, try again after a while.
     IMPLEMENTATION: an overflow multiplies the scale by `backoff`, `interval` good steps in a row by `growth`. All are
         powers of two, so that scaling and unscaling change exponents alone and round nothing.
@@ -85,8 +85,8 @@ class ScaledStep(Step):
     PAPER: "Mixed Precision Training", arXiv:1710.03740, section 3.2.
     PAPER CONTEXT: scale the loss before the backward pass; unscale right after it, before gradients are clipped.
     INTUITION: the magnifying glass is taken away before anything is measured.
-    IMPLEMENTATION: gradients of all micro batches and ranks are summed while scaled; then one look at all of them. A step
-        that overflowed moves nothing and reports an infinite norm, which is no divergence: the next scale is half.
+    IMPLEMENTATION: gradients of all micro batches and ranks are summed while scaled; then one look at all of them. A
+        step that overflowed moves nothing and reports an infinite norm, which is no divergence: the scale is halved.
     WHY: `fit` runs unchanged, and the scale is part of the checkpoint.
 
     Raises DivergedError where gradients overflow although the scale has gone down to 2^-14.

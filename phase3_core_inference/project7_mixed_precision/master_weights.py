@@ -30,13 +30,13 @@ class MasterStep(Step):
     A step of a model in 16 bits, taken in 32
 
     PAPER: "Mixed Precision Training", arXiv:1710.03740, section 3.1, figure 1.
-    PAPER CONTEXT: weights, activations and gradients are stored in 16 bits; the optimizer updates a float32 master copy,
-        which is rounded for each forward. Without it, updates below half of the weight's last bit are lost.
-    INTUITION: pay in coins, but keep the books in fractions of a coin, or a savings plan of pennies never saves anything.
+    PAPER CONTEXT: weights, activations and gradients are stored in 16 bits; the optimizer updates a float32 master
+        copy, which is rounded for each forward. Without it, updates below half of the weight's last bit are lost.
+    INTUITION: pay in coins, but keep the books in fractions of a coin: else a plan to save pennies saves nothing.
     IMPLEMENTATION: the optimizer is handed the masters in place of the weights. After each micro batch the gradients go
         to the masters, where they are summed in float32. Norms stay float32 (section 3.3), so forwards run in autocast.
-    WHY: a weight is not cast anew in each forward, and its gradient has 2 bytes; all in all 2 + 4 bytes a weight in place
-        of 4. On a GPU the step is as fast as autocast or a little faster: autocast keeps its casts within a forward, too.
+    WHY: autocast casts each weight anew in every forward; here it is stored as it is used. Nothing is saved: 2 + 4
+        bytes a weight in place of 4.
 
     A checkpoint holds the masters, so it is what any other DTYPE would have written.
     """
