@@ -5,8 +5,8 @@
     uv run python phase3_core_inference/project7_mixed_precision/benchmark.py --parts run --run_steps 300
 
 products: the three products of a layer, with and without the casts. steps: whole training steps in all precisions.
-inference: weights of one byte. run: the same training in bfloat16 and float8. The peers are torch.amp and torchao, timed
-in turn with ours. Without float8 hardware it is emulated: then only the errors mean something, not the speed.
+inference: weights of one byte. run: the same training in bfloat16 and float8. The peers are torch.amp and torchao,
+timed in turn with ours. Without float8 hardware it is emulated: then only the errors mean something, not the speed.
 """
 
 import copy
@@ -386,33 +386,34 @@ def forwarding(model, tokens, gpu):
 # -- a real run
 
 
-RUNS = {"bfloat16": [], "float8, a scale a tensor": ["fp8"], "float8, a scale a row": ["fp8:scaling=row"]}
+FLOAT8_RUNS = {"float8, a scale a tensor": ["fp8"], "float8, a scale a row": ["fp8:scaling=row"]}
 
 
 def train_runs(report, s, device, _):
-    """The same training by train_pretrain.py in bfloat16 and in float8: validation losses and curves."""
-    name = "validation loss of a run, {} against bfloat16"
+    """The same training by train_pretrain.py in bfloat16 (a CPU: float32) and in float8: validation losses, curves."""
+    base = "bfloat16" if device.type == "cuda" else "float32"
+    name = f"validation loss of a run, {{}} against {base}"
     if not s.RUN_STEPS:
-        for kind in list(RUNS)[1:]:
+        for kind in FLOAT8_RUNS:
             report.skip(name.format(kind), "whole runs, on demand: --parts run --run_steps 300")
         return
-    lines = {kind: train_run(s, kind, uses) for kind, uses in RUNS.items()}
-    for kind in list(RUNS)[1:]:
-        ours, theirs = lines[kind][1][-1], lines["bfloat16"][1][-1]
+    lines = {kind: train_run(s, base, kind, uses) for kind, uses in {base: [], **FLOAT8_RUNS}.items()}
+    for kind in FLOAT8_RUNS:
+        ours, theirs = lines[kind][1][-1], lines[base][1][-1]
         gap = ours / theirs - 1
-        report.row(name.format(kind), ours, "nats/token", claim=CLAIM, peer=theirs, peer_name="bfloat16",
+        report.row(name.format(kind), ours, "nats/token", claim=CLAIM, peer=theirs, peer_name=base,
                    higher_is_better=False, note=f"{s.RUN_STEPS} steps, one seed; {gap:+.2%}")  # fmt: skip
         report.check(f"the loss of a run in {kind}", abs(gap) < 5e-3, f"{gap:+.2%}, 0.5% allowed")
     for kind, (xs, ys) in lines.items():
         report.series(f"validation loss, {kind}", xs, ys)
     path = report.folder / f"project7_mixed_precision.{report.slug}.png"
-    curves(path, lines, "step", "validation loss (nats a token)", "The same run in bfloat16 and in float8")
+    curves(path, lines, "step", "validation loss (nats a token)", f"The same run in {base} and in float8")
 
 
-def train_run(s, kind, uses):
+def train_run(s, base, kind, uses):
     """Train, in a process of its own; returns (steps, validation losses)."""
     out = CHECKPOINTS / ("project7_" + "".join(c if c.isalnum() else "_" for c in kind))
-    flags = ["--max_steps", str(s.RUN_STEPS), "--dtype", "bfloat16", "--use", *pretraining.USE, *uses,
+    flags = ["--max_steps", str(s.RUN_STEPS), "--dtype", base, "--use", *pretraining.USE, *uses,
              "--eval_every", str(max(1, s.RUN_STEPS // 10)), "--sample_tokens", "1", "--no_resume"]  # fmt: skip
     command = [sys.executable, str(TRAIN), *flags, *shlex.split(s.RUN_FLAGS), "--out_dir", str(out)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
