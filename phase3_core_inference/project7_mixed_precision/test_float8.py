@@ -1,6 +1,7 @@
 """Tests of linear layers in float8: against the formula in float64, gradients, bad input, adapters, the compiler."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -82,6 +83,28 @@ def test_forward_and_backward_are_the_formulas(scaling):
     found = run(layer_of(weight, scaling), x, grad)
     for ours, exact in zip(found, by_formula(x.double(), weight.double(), grad.double(), scaling), strict=True):
         assert relative_error(ours, exact) < 1e-5
+
+
+@pytest.mark.slow  # torchao takes seconds to import
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_torchao_computes_the_same(scaling):
+    pytest.importorskip("torchao")
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    x, weight, grad = inputs()
+    theirs = nn.Sequential(nn.Linear(32, 64, bias=False))
+    theirs[0].weight = nn.Parameter(weight.clone())
+    recipe = {"tensor": "tensorwise", "row": "rowwise"}[scaling]
+    options = dataclasses.replace(
+        Float8LinearConfig.from_recipe_name(recipe), emulate=True, round_scales_to_power_of_2=False
+    )
+    theirs = convert_to_float8_training(theirs, config=options)
+    ours = run(layer_of(weight, scaling), x, grad)
+    leaf = x.clone().requires_grad_()
+    y = theirs(leaf)
+    y.backward(grad)
+    for a, b in zip(ours, (y, leaf.grad, theirs[0].weight.grad), strict=True):
+        assert relative_error(a, b) < 1e-3
 
 
 @pytest.mark.parametrize(("scaling", "bound"), [("tensor", 0.08), ("row", 0.045)])

@@ -16,7 +16,7 @@ TINY = ["--device", "cpu", "--model", "cpu-tiny", "--block_size", "16", "--rows"
 
 def test_the_recorder_keeps_the_gradients_of_outputs_and_goes_away():
     layers = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-    x = torch.randn(5, 4)
+    x = torch.randn(5, 4, requires_grad=True)
     with GradientRecorder(layers) as recorder:
         layers(x).square().sum().backward()
     hidden = layers[0](x).detach().requires_grad_()
