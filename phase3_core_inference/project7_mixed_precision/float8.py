@@ -67,10 +67,16 @@ def emulated_product(a: Tensor, b: Tensor, unscale_a: Tensor, unscale_b: Tensor,
         return (a.float() @ b.float() * unscale_a * unscale_b).to(dtype)
 
 
+def column_major(x: Tensor) -> Tensor:
+    """The same matrix, stored column by column (nothing is copied where it is already)."""
+    return x.t().contiguous().t()
+
+
 def hardware_product(a: Tensor, b: Tensor, unscale_a: Tensor, unscale_b: Tensor, dtype: torch.dtype, fast: bool):
-    """The same on tensor cores: `a` must lie row by row, `b` column by column; `fast` accumulates with fewer bits."""
+    """The same on tensor cores, which want `a` row by row, `b` column by column; `fast` accumulates with fewer bits."""
     rows = unscale_a.ndim > 0  # scales of rows come with bfloat16 results alone
     out_dtype = torch.bfloat16 if rows else dtype
+    a, b = a.contiguous(), column_major(b)
     return torch._scaled_mm(a, b, unscale_a, unscale_b, out_dtype=out_dtype, use_fast_accum=fast).to(dtype)
 
 
@@ -78,11 +84,6 @@ def product_for(device: torch.device) -> Product:
     """What multiplies float8 matrices on a device: Ada and Hopper GPUs (8.9 and later) can, others emulate it."""
     able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
     return hardware_product if able else emulated_product
-
-
-def column_major(x: Tensor) -> Tensor:
-    """The same matrix, stored column by column."""
-    return x.t().contiguous().t()
 
 
 class TensorScaled(torch.autograd.Function):
@@ -117,10 +118,10 @@ class TensorScaled(torch.autograd.Function):
         g8, of_g = to_float8(grad, E5M2)
         if ctx.needs_input_grad[0]:
             w8, of_w = to_float8(weight, E4M3)
-            grad_x = ctx.product(g8, column_major(w8), of_g, of_w, ctx.dtype, False).to(x.dtype)
+            grad_x = ctx.product(g8, w8, of_g, of_w, ctx.dtype, False).to(x.dtype)
         if ctx.needs_input_grad[1]:  # else the weight is frozen, under adapters
             x8, of_x = to_float8(x, E4M3)
-            grad_w = ctx.product(g8.t().contiguous(), column_major(x8), of_g, of_x, ctx.dtype, False)
+            grad_w = ctx.product(g8.t(), x8, of_g, of_x, ctx.dtype, False)
             grad_w = grad_w.to(weight.dtype)
         return grad_x, grad_w, None, None
 
@@ -156,11 +157,11 @@ class RowScaled(torch.autograd.Function):
         if ctx.needs_input_grad[0]:  # sums over out
             g8, of_g = to_float8(grad, E4M3, dim=1)  # (N, 1)
             w8, of_w = to_float8(weight, E4M3, dim=0)  # (1, in)
-            grad_x = ctx.product(g8, column_major(w8), of_g, of_w, ctx.dtype, False).to(x.dtype)
+            grad_x = ctx.product(g8, w8, of_g, of_w, ctx.dtype, False).to(x.dtype)
         if ctx.needs_input_grad[1]:  # sums over tokens
             g8, of_g = to_float8(grad, E4M3, dim=0)  # (1, out)
             x8, of_x = to_float8(x, E4M3, dim=0)  # (1, in)
-            grad_w = ctx.product(g8.t().contiguous(), column_major(x8), of_g.t(), of_x, ctx.dtype, False)
+            grad_w = ctx.product(g8.t(), x8, of_g.t(), of_x, ctx.dtype, False)
             grad_w = grad_w.to(weight.dtype)
         return grad_x, grad_w, None, None
 
