@@ -16,6 +16,7 @@ GROUPS = {
     # change what the model computes or stores: recorded in the checkpoint's recipe and replayed by `load`
     "transforms": {
         "lora": "phase2_finetuning.project5_lora.lora:add_lora",
+        "fp8_weights": "phase3_core_inference.project7_mixed_precision.float8_inference:store_float8",
     },
     # change how it is computed, not what: never recorded
     "runtime": {
@@ -23,6 +24,15 @@ GROUPS = {
         "chunked_loss": "phase1_foundation.project3_pretrain.head:use_chunked_loss",
         "fused_loss": "phase1_foundation.project3_pretrain.fused_loss:use_fused_loss",
         "cudnn": "phase1_foundation.project3_pretrain.plans:use_cudnn_attention",
+        "fp8": "phase3_core_inference.project7_mixed_precision.float8:convert_to_float8",
+    },
+    # optimizer steps (trainer.Step and what stands in for it) by the precision that DTYPE names
+    "steps": {
+        "float32": "phase1_foundation.project3_pretrain.trainer:Step",
+        "bfloat16": "phase1_foundation.project3_pretrain.trainer:Step",
+        "float16": "phase3_core_inference.project7_mixed_precision.loss_scaling:ScaledStep",
+        "master_bfloat16": "phase3_core_inference.project7_mixed_precision.master_weights:MasterStep",
+        "master_float16": "phase3_core_inference.project7_mixed_precision.master_weights:ScaledMasterStep",
     },
     "architectures": {
         "transformer": "phase1_foundation.project3_pretrain.loading:build_transformer",

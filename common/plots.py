@@ -45,13 +45,14 @@ def _write(figure, path):
     return path
 
 
-def curves(path, series, xlabel, ylabel, title, hlines=None, logx=False, logy=False, ylim=None):
+def curves(path, series, xlabel, ylabel, title, hlines=None, vlines=None, logx=False, logy=False, ylim=None):
     """Draw lines to a PNG; one of more than MANY points is drawn faintly, with its running mean on top.
 
     Args:
         path: the file to write.
         series: name -> (xs, ys).
         hlines: name -> y of a horizontal reference line (a target, a peer, a limit).
+        vlines: name -> x of a vertical one.
         logx, logy: logarithmic axes.
         ylim: (low, high) of the y axis.
     """
@@ -73,6 +74,8 @@ def curves(path, series, xlabel, ylabel, title, hlines=None, logx=False, logy=Fa
         )
     for index, (name, y) in enumerate((hlines or {}).items()):
         axes.axhline(y, color="#5a5a5a", linestyle=_STYLES[3 - index % 3], linewidth=1.1, label=name)
+    for index, (name, x) in enumerate((vlines or {}).items()):
+        axes.axvline(x, color="#5a5a5a", linestyle=_STYLES[3 - index % 3], linewidth=1.1, label=name)
     if logx:
         axes.set_xscale("log", base=2)
     if logy:

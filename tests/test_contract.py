@@ -43,6 +43,7 @@ PLUMBING = {
     "hub_tokenizer.py": "the file format of a tokenizer of others",
     "gguf_export.py": "the file format of llama.cpp",
     "loading.py": "finding and reading checkpoints",
+    "precision.py": "the public names of project 7, gathered",
 }
 COMPONENTS = [path for path in IMPLEMENTATIONS if path.name not in PLUMBING]
 

@@ -61,7 +61,7 @@ def test_pyproject_knows_every_project():
 # What the small install (`uv sync --no-default-groups`) does not have, and what exists for Linux alone.
 OPTIONAL = [
     "triton", "transformers", "tokenizers", "tiktoken", "peft", "liger_kernel", "datasets", "zstandard", "gradio",
-    "fastapi", "uvicorn", "prometheus_client", "pytest", "hypothesis", "huggingface_hub",
+    "fastapi", "uvicorn", "prometheus_client", "pytest", "hypothesis", "huggingface_hub", "torchao",
     "fcntl", "resource", "termios", "pwd", "grp",
 ]  # fmt: skip
 

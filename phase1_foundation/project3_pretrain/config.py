@@ -9,6 +9,7 @@ import math
 import os
 import sys
 
+from common import catalog
 from common import settings as common_settings
 from common.device import pick_device
 
@@ -19,7 +20,7 @@ DEVICE = pick_device()  # cuda, mps or cpu
 _GPU = DEVICE == "cuda"
 _TRITON = importlib.util.find_spec("triton") is not None  # not on Windows
 SEED = 1337  # of initialisation, batches and dropout
-DTYPE = "bfloat16" if _GPU else "float32"  # autocast type of forward and backward; weights stay float32
+DTYPE = "bfloat16" if _GPU else "float32"  # of forward and backward; with master_ before it, of the weights, too
 COMPILE = _GPU  # compile the model with torch.compile
 DETERMINISTIC = False  # bit-exact on a GPU, too; slower
 USE: list[str] = (["cudnn", "fused_loss"] if _TRITON else ["cudnn"]) if _GPU else []  # transforms from the catalog
@@ -96,12 +97,17 @@ def validate_config(settings=None):
     _one_of(s, "MODEL", PRESETS)
     _one_of(s, "OPTIMIZER", ("muon", "adamw"))
     _one_of(s, "SCHEDULE", ("wsd", "cosine"))
-    _one_of(s, "DTYPE", ("float32", "bfloat16"))
+    _one_of(s, "DTYPE", catalog.GROUPS["steps"])
     for names, words, holds in _RULES:
         for name in names:
             value, default = getattr(s, name), getattr(sys.modules[__name__], name)
             if value is not None and not holds(value):
                 raise ValueError(f"{name}={value} must be {words}: the default is {default}")
+    if s.EMA and s.DTYPE.startswith("master_"):
+        raise ValueError(
+            f"EMA={s.EMA} averages the model's weights, of which DTYPE={s.DTYPE} keeps rounded ones: use EMA=0, or "
+            f"DTYPE={s.DTYPE.removeprefix('master_')}"
+        )
     _validate_batch(s)
     _validate_schedule(s)
     if s.VOCAB_SIZE - s.NUM_SPECIAL_TOKENS < 256:

@@ -55,7 +55,8 @@ class Progress:
         if peak and self.reporter.rate:
             flops = flops_per_token(state.step.model, self.block_size) / state.step.world_size
             fields["mfu"] = f"{self.reporter.rate * flops / peak:.1%}"
-        self.run.log(step=state.iter, train_loss=state.train_loss, grad_norm=state.grad_norm, lr_scale=state.lr_scale,
+        norm = state.grad_norm if math.isfinite(state.grad_norm) else None  # a step that was left out; JSON has no inf
+        self.run.log(step=state.iter, train_loss=state.train_loss, grad_norm=norm, lr_scale=state.lr_scale,
                      tokens=state.tokens, tokens_per_s=self.reporter.rate)  # fmt: skip
         self.reporter.report(state.iter, units=state.tokens, seconds=state.seconds, **fields)
 
@@ -150,7 +151,7 @@ class Checkpoint:
         model = state.step.model
         content = {
             "iter": state.iter,
-            "model_state_dict": model.state_dict(),
+            "model_state_dict": state.step.weights(),
             "optimizer_state_dict": state.step.state_dict(),
             "train_loss": state.train_loss,
             "val_loss": state.val_loss,

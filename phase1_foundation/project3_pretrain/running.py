@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common import checkpoint
+from common import catalog, checkpoint
 from common.checkpoint import CheckpointError
 from phase1_foundation.project3_pretrain.hooks import (
     Checkpoint,
@@ -30,7 +30,7 @@ from phase1_foundation.project3_pretrain.hooks import (
 )
 from phase1_foundation.project3_pretrain.optimizers import build_optimizer
 from phase1_foundation.project3_pretrain.schedules import SCHEDULES
-from phase1_foundation.project3_pretrain.trainer import Step, fit
+from phase1_foundation.project3_pretrain.trainer import fit
 
 FILES = ("last.pt", "previous.pt", "best.pt", "metrics.jsonl", "curves.png")  # what a run leaves in OUT_DIR
 MOST_SEQUENCES = 64  # of one forward; 60 are 4% faster than 30 on an H100
@@ -70,8 +70,8 @@ def set_dropout(model, dropout):
 
 
 def autocast_dtype(s):
-    """The torch type of DTYPE, or None for float32."""
-    return None if s.DTYPE == "float32" else getattr(torch, s.DTYPE)
+    """The torch type in which DTYPE computes, or None for float32."""
+    return None if s.DTYPE == "float32" else getattr(torch, s.DTYPE.removeprefix("master_"))
 
 
 def build_step(s, model, objective):
@@ -80,7 +80,7 @@ def build_step(s, model, objective):
         model, s.OPTIMIZER, s.LEARNING_RATE, s.WEIGHT_DECAY, (s.BETA1, s.BETA2),
         momentum=s.MOMENTUM, embed_lr=s.EMBED_LEARNING_RATE,
     )  # fmt: skip
-    return Step(model, objective, optimizer, s.CLIP, autocast_dtype(s))
+    return catalog.resolve("steps", s.DTYPE)(model, objective, optimizer, s.CLIP, autocast_dtype(s))
 
 
 def build_schedule(s):
@@ -159,7 +159,7 @@ def begin(run, step, about):
     try:
         refuse_another(path, saved, about)
         changes = list(differences(saved, about))
-        step.model.load_state_dict(saved["model_state_dict"])
+        step.load_weights(saved["model_state_dict"])
         step.load_state_dict(saved["optimizer_state_dict"])
         start = Start(int(saved["iter"]), float(saved.get("best_val_loss", saved["val_loss"])), saved.get("ema"))
         if start.average is not None and start.average.keys() != dict(step.model.named_parameters()).keys():
@@ -292,6 +292,20 @@ def say_how_to_continue(run, state):
     flags = "the same flags" if s.RESUME else "the same flags, but --resume in place of --no_resume,"
     last = Path(s.OUT_DIR) / "last.pt"
     run.print(f"stopped after step {state.iter} of {state.total}, saved in {last}: run again with {flags} to continue")
+
+
+def write_plain(model, tokenizer, path):
+    """Write a checkpoint of a model that no run will continue."""
+    checkpoint.save(path, {
+        "iter": 0,
+        "model_state_dict": model.state_dict(),
+        "optimizer_state_dict": {},
+        "train_loss": math.nan,
+        "val_loss": math.nan,
+        "config": {"kind": "transformer", "model": model.config.to_dict(), "settings": {}},
+        "tokenizer": tokenizer and tokenizer.to_dict(),
+        "recipe": model.recipe,
+    })  # fmt: skip
 
 
 def files_of(folder):

@@ -68,7 +68,7 @@ class Step:
     INTUITION: walk through the micro batches, collect the gradient of the whole group, then move once.
     IMPLEMENTATION: `backward` sees the whole group (pipeline schedules need that) and divides each summed loss by the
         count over all micros and ranks, so gradients simply add; `update` sums them over ranks, clips and moves.
-    WHY: mixed precision, pipelines and CUDA graphs subclass this and leave `fit` alone.
+    WHY: mixed precision, pipelines and CUDA graphs subclass this (by DTYPE: the catalog's group "steps"), not `fit`.
 
     Args:
         model: takes (tokens, targets=...); already on its device.
@@ -108,9 +108,13 @@ class Step:
             batch = self.to_device(micro)
             with self.autocast():
                 loss = self.objective(self.model, batch) / denominator
-            loss.backward()
+            self.backpropagate(loss)
             total += loss.detach()
         return total
+
+    def backpropagate(self, loss):
+        """Add the gradient of one micro batch's loss to what there is."""
+        loss.backward()
 
     def to_device(self, micro):
         """Move a batch to the device; the copy overlaps with computation."""
@@ -122,21 +126,34 @@ class Step:
         """Sum the gradient over ranks, clip it, and let the optimizer move.
 
         Returns:
-            The norm of the gradient before clipping.
+            The norm of the gradient before clipping; infinite where a subclass left the step out.
 
         Raises:
             DivergedError: the gradient is not finite; nothing was moved.
         """
         self.reduce_gradients()
+        norm = self.clip_gradients()
+        self.move(lr_scale)
+        return norm
+
+    def gradients(self):
+        """The gradients that there are."""
+        return [p.grad for p in self.parameters if p.grad is not None]
+
+    def clip_gradients(self):
+        """Shorten a gradient that is too long; returns its norm, raises DivergedError where that is not finite."""
         limit = self.clip if self.clip else float("inf")
-        norm = float(torch.nn.utils.get_total_norm(p.grad for p in self.parameters if p.grad is not None))
+        norm = float(torch.nn.utils.get_total_norm(self.gradients()))
         if not math.isfinite(norm):
             raise DivergedError(f"the gradient's norm became {norm}")
         if norm > limit:
-            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], limit / (norm + 1e-6))
+            torch._foreach_mul_(self.gradients(), limit / (norm + 1e-6))
+        return norm
+
+    def move(self, lr_scale):
+        """Let the optimizer take its step."""
         self.optimizer.set_lr_scale(lr_scale)
         self.optimizer.step()
-        return norm
 
     def reduce_gradients(self):
         """Add up the gradients of all ranks: one message, since one large one is faster than many small ones.
@@ -162,6 +179,14 @@ class Step:
         tensor = torch.tensor(float(number), dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return float(tensor)
+
+    def weights(self):
+        """The model's weights as a checkpoint keeps them."""
+        return self.model.state_dict()
+
+    def load_weights(self, state):
+        """Continue from `weights`."""
+        self.model.load_state_dict(state)
 
     def state_dict(self):
         """What a checkpoint needs besides the model: the optimizer's state."""

@@ -8,13 +8,11 @@ Without --adapter it takes the adapters of train_lora.py's best model. Afterward
     uv run python chat.py --checkpoint checkpoints/project5/merged.pt
 """
 
-import math
-
-from common import checkpoint
 from common.run import Run
 from phase1_foundation.project3_pretrain.hub import resolve_folder
 from phase1_foundation.project3_pretrain.hub_tokenizer import read_tokenizer
 from phase1_foundation.project3_pretrain.loading import load
+from phase1_foundation.project3_pretrain.running import write_plain
 from phase2_finetuning.project4_sft.vocabulary import grow_vocabulary
 from phase2_finetuning.project5_lora import merge_config
 from phase2_finetuning.project5_lora.lora import load_adapter, merge_lora
@@ -42,20 +40,6 @@ def grow_for(model, tokenizer, folder):
         raise ValueError(f"{folder} holds another tokenizer than the base: was the adapter trained on another model?")
     grow_vocabulary(model, tokenizer.vocab_size, own.vocab_size)
     return own
-
-
-def write_plain(model, tokenizer, path):
-    """Write a checkpoint of a model that no run will continue."""
-    checkpoint.save(path, {
-        "iter": 0,
-        "model_state_dict": model.state_dict(),
-        "optimizer_state_dict": {},
-        "train_loss": math.nan,
-        "val_loss": math.nan,
-        "config": {"kind": "transformer", "model": model.config.to_dict(), "settings": {}},
-        "tokenizer": tokenizer and tokenizer.to_dict(),
-        "recipe": model.recipe,
-    })  # fmt: skip
 
 
 if __name__ == "__main__":

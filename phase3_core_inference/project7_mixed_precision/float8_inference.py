@@ -1,0 +1,116 @@
+"""
+Weights stored in float8
+
+This file implements inference from weights of one byte following:
+- "FP8 Formats for Deep Learning" (Micikevicius et al., 2022) - E4M3 for trained weights and activations, a scale beside
+
+Each component is explained with paper references for educational purposes.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from common.modules import swap_modules
+from phase1_foundation.project3_pretrain.head import autocast_dtype
+from phase3_core_inference.project7_mixed_precision.float8 import E4M3, MULTIPLE, product_for, to_float8
+
+
+def power_of_two_below(x: Tensor) -> Tensor:
+    """The largest power of two that is not above x, positive and float32: its exponent bits alone.
+
+    >>> power_of_two_below(torch.tensor([0.3, 4.0])).tolist()
+    [0.25, 4.0]
+    """
+    return (x.view(torch.int32) & 0x7F800000).view(torch.float32)
+
+
+class StoredFloat8Linear(nn.Module):
+    """
+    A linear layer whose weight is kept in float8
+
+    PAPER: "FP8 Formats for Deep Learning", arXiv:2209.05433, section 4 (inference with 8-bit weights).
+    PAPER CONTEXT: networks trained in 16 bits keep their accuracy when weights and activations are cast to E4M3.
+    INTUITION: the book is thrown away, the notes are kept: half the shelf, and half to carry for every answer.
+    IMPLEMENTATION: bytes (out, in) and a scale (out, 1). Scales are powers of two, unlike in training: exact in every
+        float type, so that casting the model changes nothing; it costs at most one bit of reach, no precision.
+        Activations are cast token by token, since tensor cores multiply float8 by float8.
+    WHY: decoding reads every weight for every token, so its time is the bytes of the weights.
+
+    x (..., in) -> (..., out), in autocast's dtype where that is on, else in the dtype of x.
+    """
+
+    # which dimension of each tensor is output, which input
+    DIMENSIONS: ClassVar[dict] = {"codes": (0, 1), "scale": (0, None), "bias": (0, None)}
+
+    def __init__(self, linear: nn.Module):
+        super().__init__()
+        weight = linear.weight.detach()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        if weight.is_meta:  # the values come later
+            codes = torch.empty(weight.shape, dtype=torch.uint8, device="meta")
+            scale = torch.empty(self.out_features, 1, device="meta")
+        else:
+            codes, scale = self.rounded(weight)
+        self.register_buffer("codes", codes)  # as bytes: `model.to(dtype)` would turn float8 into something else
+        self.register_buffer("scale", scale)
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        self.product = product_for(weight.device)
+
+    @staticmethod
+    def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The bytes of a weight (out, in) and the scales (out, 1) by which to multiply them."""
+        if not weight.isfinite().all():
+            raise ValueError("a weight is infinite or NaN: it cannot be stored in float8, and the model is broken")
+        wide = weight.float()
+        largest = torch.finfo(E4M3).max
+        amax = wide.abs().amax(dim=1, keepdim=True).clamp(min=2.0**-100)
+        scale = 2 * power_of_two_below(amax / largest * (1 - 2.0**-24))  # not below amax / largest
+        return (wide / scale).clamp(-largest, largest).to(E4M3).view(torch.uint8), scale
+
+    def _apply(self, fn, recurse=True):
+        """Moves to another device, which may multiply in another way."""
+        super()._apply(fn, recurse)
+        self.product = product_for(self.codes.device)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        dtype = autocast_dtype(x)
+        rows = x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)  # (N, in)
+        x8, of_x = to_float8(rows, E4M3, dim=1)
+        y = self.product(x8, self.codes.view(E4M3).t(), of_x, self.scale.float().t(), dtype, True)
+        y = y.view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias.to(dtype)
+
+    def to_linear(self) -> nn.Linear:
+        """The plain layer that this one stands for, in float32; bfloat16 would hold its weight exactly, too."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.codes.view(E4M3).float() * self.scale.float())
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone())
+        return linear
+
+
+def store_float8(model: nn.Module, skip: Sequence[str] = ()):
+    """
+    Keep the weights of all linear layers in float8, for inference
+
+    PAPER: "FP8 Formats for Deep Learning", arXiv:2209.05433, section 4.
+    PAPER CONTEXT: no calibration and no retraining is needed where int8 asks for both.
+    INTUITION: pack the house for the move: what fits into small boxes goes into small boxes.
+    IMPLEMENTATION: every `nn.Linear` with sizes that are multiples of 16; embeddings, norms and the head stay.
+    WHY: recorded in the checkpoint's recipe as "fp8_weights", so `load` rebuilds it, and chats and servers can use it.
+
+    Raises ValueError if no layer can be stored so.
+    """
+
+    def fits(name, module):
+        return (
+            isinstance(module, nn.Linear) and not module.in_features % MULTIPLE and not module.out_features % MULTIPLE
+        )
+
+    swap_modules(model, lambda name, linear: StoredFloat8Linear(linear), fits, skip)
+    return model

@@ -1,0 +1,29 @@
+"""Constants of to_float8.py."""
+
+import os
+import sys
+
+from common import CHECKPOINTS
+from common import settings as common_settings
+from phase1_foundation.project3_pretrain.loading import newest_checkpoint
+
+# == Conversion ==
+CHECKPOINT: str | None = None  # a checkpoint, a Hugging Face folder or org/name; none: the newest model there is
+STORED = str(CHECKPOINTS / "project7" / "float8.pt")  # where the model with weights of one byte is written
+SKIP: list[str] = []  # layers that stay as they are, by parts of their names: blocks.0, down_proj ...
+
+
+def validate_config(settings=None):
+    """Refuse what cannot work."""
+    s = settings or sys.modules[__name__]
+    if not s.STORED.endswith(".pt"):
+        raise ValueError(f"STORED={s.STORED} must be the name of a checkpoint: let it end with .pt")
+    if s.CHECKPOINT:
+        source = newest_checkpoint(s.CHECKPOINT) if os.path.isdir(s.CHECKPOINT) else s.CHECKPOINT
+        if os.path.abspath(s.STORED) == os.path.abspath(source or s.CHECKPOINT):
+            raise ValueError(f"STORED={s.STORED} would replace CHECKPOINT: choose another name")
+
+
+def print_config(settings=None):
+    """Print every constant with its value and meaning."""
+    common_settings.print_config(settings or sys.modules[__name__])
