@@ -3,8 +3,8 @@ Plans over a cache
 
 This file implements one forward that writes and reads a cache following:
 - "Efficiently Scaling Transformer Inference" (Pope et al., 2022) - prefill and decode over one cache
-- "Transformer-XL: Attentive Language Models Beyond a Fixed-Length Context" (Dai et al., 2019) - new tokens attend to kept
-  states
+- "Transformer-XL: Attentive Language Models Beyond a Fixed-Length Context" (Dai et al., 2019) - new tokens attend to
+  kept states
 
 Each component is explained with paper references for educational purposes.
 """
@@ -42,7 +42,7 @@ class Group(NamedTuple):
 class CachePlan:
     """Who attends to whom in one step of decoding: what the model is given beside the tokens.
 
-    PAPER: "Efficiently Scaling Transformer Inference", arXiv:2211.05102, section 2.2; masks by position: "Attention Is
+    PAPER: "Efficiently Scaling Transformer Inference", arXiv:2211.05102, section 2; masks by position: "Attention Is
         All You Need", arXiv:1706.03762, section 3.2.3.
     PAPER CONTEXT: new tokens write their keys and values and attend to everything before them.
     INTUITION: the host writes a list of places; the device only follows it, and always finds it at the same address.
@@ -164,7 +164,7 @@ class SpreadPlan(CachePlan):
 class AlignedPlan(SpreadPlan):
     """Exactly the first rows in order, equally many tokens each: the tokens are the grid.
 
-    PAPER: "Efficiently Scaling Transformer Inference", arXiv:2211.05102, section 2.2.
+    PAPER: "Efficiently Scaling Transformer Inference", arXiv:2211.05102, section 2.
     PAPER CONTEXT: one decode step adds one token to each sequence of the batch.
     INTUITION: everybody already sits in the right place.
     IMPLEMENTATION: two views in place of two gathers.

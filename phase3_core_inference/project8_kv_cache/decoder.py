@@ -22,7 +22,7 @@ SHAPES = 64  # of decode steps, for each of which code may be compiled
 class Decoder:
     """A model and a cache that take steps together.
 
-    PAPER: "Efficiently Scaling Transformer Inference", arXiv:2211.05102, section 2.2.
+    PAPER: "Efficiently Scaling Transformer Inference", arXiv:2211.05102, section 2.
     PAPER CONTEXT: prefill is bound by arithmetic, a decode step by memory, and at small sizes by the host's launches.
     INTUITION: the model is given work and tokens, and answers with logits; the cache remembers the rest.
     IMPLEMENTATION: the cache plans, the model runs. Everything is eager, whatever the shapes.
@@ -51,9 +51,9 @@ class Decoder:
 class FastDecoder(Decoder):
     """A decoder whose short steps are compiled, or recorded and replayed.
 
-    PAPER: "Efficiently Scaling Transformer Inference", arXiv:2211.05102, section 3.5 (low-level optimisations).
+    PAPER: "Efficiently Scaling Transformer Inference", arXiv:2211.05102, section 3.
     PAPER CONTEXT: at small batches what limits a step is latency, not arithmetic.
-    INTUITION: a decode step is so short that giving the orders takes longer than carrying them out: write them down once.
+    INTUITION: a decode step is so short that giving orders takes longer than carrying them out: write them down once.
     IMPLEMENTATION: plans of one shape are one object with buffers at fixed addresses. At first sight its forward is
         compiled and/or recorded into a CUDA graph, afterwards only replayed. Prefill, of any length, runs eagerly.
     WHY: the hundred launches of a small model's step become one.

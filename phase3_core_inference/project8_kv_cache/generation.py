@@ -84,12 +84,12 @@ class _Request:
 class Writer:
     """A model with a cache, ready to continue prompts; what was compiled or recorded serves all calls.
 
-    PAPER: "Efficiently Scaling Transformer Inference", arXiv:2211.05102, section 2.2; section 2.1 for the cost.
-    PAPER CONTEXT: prefill runs over the prompt in parallel; decoding appends token by token, each time reading weights and
-        cache.
-    INTUITION: read the question once, aloud; then speak word by word from the notes.
-    IMPLEMENTATION: rows of the cache are given to prompts, chunks of prompts to steps of at most `chunk` tokens; then all
-        rows take a decode step at a time until each has ended. Ragged rows need no padding.
+    PAPER: "Efficiently Scaling Transformer Inference", arXiv:2211.05102, section 2.
+    PAPER CONTEXT: prefill runs over the prompt in parallel; decoding appends token by token, each time reading weights
+        and cache.
+    INTUITION: read the question once; then speak word by word from the notes.
+    IMPLEMENTATION: rows of the cache are given to prompts, chunks of prompts to steps of at most `chunk` tokens; then
+        all rows take a decode step at a time until each has ended. Ragged rows need no padding.
     WHY: the one loop behind `generate`, `stream`, the chat and the scripts.
 
     Args:
@@ -127,8 +127,8 @@ class Writer:
         tokens = list(tokens) or [getattr(self.tokenizer, "eot_id", None) or 0]
         if len(tokens) >= self.cache.capacity:
             raise ValueError(
-                f"a prompt of {len(tokens)} tokens leaves no room to go on: capacity={self.cache.capacity} (at most the "
-                f"model's block_size={self.model.config.block_size}): shorten it, or raise the capacity"
+                f"a prompt of {len(tokens)} tokens leaves no room to go on: capacity={self.cache.capacity} (at most "
+                f"the model's block_size={self.model.config.block_size}): shorten it, or raise the capacity"
             )
         return tokens
 
@@ -214,7 +214,7 @@ def generate(
 ) -> Generation | list[Generation]:
     """Continue one prompt, or many at once.
 
-    PAPER: "Efficiently Scaling Transformer Inference", arXiv:2211.05102, section 2.2.
+    PAPER: "Efficiently Scaling Transformer Inference", arXiv:2211.05102, section 2.
     PAPER CONTEXT: prefill computes keys and values of the prompt in one pass, decoding adds a token at a time.
     INTUITION: the whole machine behind one call.
     IMPLEMENTATION: a `Writer` with as much room as is needed; the pieces of each prompt are put together.

@@ -18,8 +18,15 @@ from phase1_foundation.project3_pretrain.plans import LayerSpec, Plan
 from phase3_core_inference.project8_kv_cache.attention import CacheKernel, best_kernel
 from phase3_core_inference.project8_kv_cache.cache_plan import AlignedPlan, CachePlan, Shape, SpreadPlan
 from phase3_core_inference.project8_kv_cache.stores import PlainStore, Store, bytes_per_token
-from phase3_core_inference.project8_kv_cache.work import SHORT, Layout, Rounding, Work
-from phase3_core_inference.project8_kv_cache.work import check_work, power_of_two, quarter_octaves
+from phase3_core_inference.project8_kv_cache.work import (
+    SHORT,
+    Layout,
+    Rounding,
+    Work,
+    check_work,
+    power_of_two,
+    quarter_octaves,
+)
 
 __all__ = ["ContiguousCache", "KVCache", "Work", "bytes_per_token"]
 
@@ -50,12 +57,12 @@ class KVCache(Protocol):
 class ContiguousCache:
     """Every row has room for `capacity` tokens, reserved from the start.
 
-    PAPER: "Efficiently Scaling Transformer Inference", arXiv:2211.05102, sections 2.1 and 2.2.
-    PAPER CONTEXT: keys and values of past tokens are stored and reused; their size and the time to read them bound batch
-        and context.
+    PAPER: "Efficiently Scaling Transformer Inference", arXiv:2211.05102, section 2.
+    PAPER CONTEXT: keys and values of past tokens are stored and reused; their size and the time to read them bound
+        batch and context.
     INTUITION: a shelf as long as the longest book for each reader: simple, quick, and mostly empty.
-    IMPLEMENTATION: `plan` works on the host: it checks, counts, picks a plan for the shape and fills its buffers. Format,
-        kernel, and the rounding of shapes are arguments.
+    IMPLEMENTATION: `plan` works on the host: it checks, counts, picks a plan for the shape and fills its buffers.
+        Format, kernel, and the rounding of shapes are arguments.
     WHY: the fastest layout to read; what it wastes is what project 13's pages are for.
 
     Args:
@@ -92,8 +99,8 @@ class ContiguousCache:
     ):
         block_size = min((spec.block_size for spec in specs if spec.block_size), default=capacity)
         if n_rows < 1 or not 1 <= capacity <= block_size:
-            raise ValueError(f"n_rows={n_rows} must be at least 1, and capacity={capacity} lie between 1 and the model's "
-                             f"block_size={block_size}")  # fmt: skip
+            raise ValueError(f"n_rows={n_rows} must be at least 1, and capacity={capacity} lie between 1 and the "
+                             f"model's block_size={block_size}")  # fmt: skip
         self.specs, self.capacity, self.device = list(specs), capacity, torch.device(device)
         self.kernel, self.round_keys = kernel or best_kernel(device), round_keys
         self.lengths = [0] * n_rows

@@ -36,7 +36,9 @@ def scramble(x: int) -> int:
 
 def noise_keys(seeds: Sequence[int], positions: Sequence[int]) -> list[int]:
     """One int64 for each (seed, position)."""
-    return [_signed(scramble(scramble(seed + _GOLDEN) + position * _GOLDEN)) for seed, position in zip(seeds, positions)]
+    return [
+        _signed(scramble(scramble(seed + _GOLDEN) + position * _GOLDEN)) for seed, position in zip(seeds, positions)
+    ]
 
 
 def gumbel(keys: Tensor, vocab_size: int) -> Tensor:
@@ -47,8 +49,8 @@ def gumbel(keys: Tensor, vocab_size: int) -> Tensor:
     PAPER CONTEXT: the next token is a draw from a distribution.
     INTUITION: every token is dealt a lucky number; the likely ones need less luck. Who deals, and to how many others at
         once, changes nothing.
-    IMPLEMENTATION: hash (key, token) to 40 bits, u in (0, 1); -log(-log(1 - u)). The largest logit + noise is a draw from
-        softmax. Small u are the winners, where float32 is finest. Shifts of int64 carry the sign, so bits are masked.
+    IMPLEMENTATION: hash (key, token) to 40 bits, u in (0, 1); -log(-log(1 - u)). The largest logit + noise is a draw
+        from softmax. Small u win, where float32 is finest. Shifts of int64 carry the sign, so bits are masked.
     WHY: a generator's state would tie a request's text to its neighbours in the batch, and to being preempted.
     """
     x = keys.unsqueeze(-1) + torch.arange(1, vocab_size + 1, device=keys.device) * _signed(_GOLDEN)

@@ -19,7 +19,7 @@ class SamplingParams:
     """How one request wants its text.
 
     PAPER: "The Curious Case of Neural Text Degeneration", arXiv:1904.09751, sections 3.1 to 3.3; "Hierarchical Neural
-        Story Generation", arXiv:1805.04833, section 5.1. min-p and the repetition penalty are practice.
+        Story Generation", arXiv:1805.04833. min-p and the repetition penalty are practice.
     PAPER CONTEXT: the unreliable tail derails a text, so it is cut: a fixed number of tokens, or a share of the odds.
     INTUITION: how bold, how far from the likeliest word, how long, and what ends it.
     IMPLEMENTATION: applied in this order: penalty, temperature, top-k, top-p, min-p; None turns one off.

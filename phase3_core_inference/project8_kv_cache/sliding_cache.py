@@ -3,7 +3,8 @@ Sliding cache
 
 This file implements a cache that forgets what its layers cannot see following:
 - "Longformer: The Long-Document Transformer" (Beltagy et al., 2020) - sliding windows
-- "Transformer-XL: Attentive Language Models Beyond a Fixed-Length Context" (Dai et al., 2019) - a memory of fixed length
+- "Transformer-XL: Attentive Language Models Beyond a Fixed-Length Context" (Dai et al., 2019) - a memory of fixed
+  length
 
 Each component is explained with paper references for educational purposes.
 """
@@ -18,8 +19,8 @@ from phase3_core_inference.project8_kv_cache.work import Work
 class SlidingCache(ContiguousCache):
     """A ring for each layer with a window, full length for the others.
 
-    PAPER: "Longformer: The Long-Document Transformer", arXiv:2004.05150, section 3.1; "Transformer-XL: Attentive Language
-        Models Beyond a Fixed-Length Context", arXiv:1901.02860, section 3.2 (a memory of M states).
+    PAPER: "Longformer: The Long-Document Transformer", arXiv:2004.05150, section 3.1; "Transformer-XL: Attentive
+        Language Models Beyond a Fixed-Length Context", arXiv:1901.02860, section 3.2 (a memory of M states).
     PAPER CONTEXT: a query sees the last w tokens only; what lies further back is never read again.
     INTUITION: a carousel of w seats: the newest guest takes the seat of the one who has left the picture.
     IMPLEMENTATION: position p lies at slot p mod ring. A step writes its n tokens first and then reads, so the ring has
@@ -51,8 +52,8 @@ class SlidingCache(ContiguousCache):
     def _check(self, work: Work) -> None:
         for row, n_new, _ in work:
             if n_new > self.chunk and self.lengths[row] + n_new > self._ring:
-                raise ValueError(f"row {row}: {n_new} new tokens exceed chunk={self.chunk}, beyond which a window would "
-                                 f"lose what it still sees: pass them in several steps")  # fmt: skip
+                raise ValueError(f"row {row}: {n_new} new tokens exceed chunk={self.chunk}, beyond which a window "
+                                 f"would lose what it still sees: pass them in several steps")  # fmt: skip
 
     def _advance(self, row: int, length: int) -> None:
         super()._advance(row, length)
@@ -63,8 +64,8 @@ class SlidingCache(ContiguousCache):
         written = self._written[row] if 0 <= row < len(self.lengths) else 0
         if length and written > self._ring and written - length >= self.chunk:
             raise ValueError(f"row {row} cannot be truncated to {length} tokens: {written} were written, and what a "
-                             f"window saw {self.chunk} or more back is overwritten (chunk={self.chunk}): free the row and "
-                             f"pass its tokens again")  # fmt: skip
+                             f"window saw {self.chunk} or more back is overwritten (chunk={self.chunk}): free the row "
+                             f"and pass its tokens again")  # fmt: skip
         super().truncate(row, length)
         if not length:
             self._written[row] = 0

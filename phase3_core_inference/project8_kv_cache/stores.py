@@ -54,7 +54,7 @@ class PlainStore:
 
     PAPER: "Efficiently Scaling Transformer Inference", arXiv:2211.05102, section 3.3; "Fast Transformer Decoding: One
         Write-Head is All You Need", arXiv:1911.02150, section 2.4.1.
-    PAPER CONTEXT: every step reads all keys and values once; for large batches and long texts that outweighs the weights.
+    PAPER CONTEXT: every step reads all keys and values; with large batches and long texts they outweigh the weights.
     INTUITION: one shelf a sequence, one board a head: a reader walks along one board and never jumps.
     IMPLEMENTATION: keys (rows, Hkv, slots, D): what one head reads lies together, and the first S slots of the first R
         rows are a view that a batched product takes without a copy. Zeros at first, so that nothing read is nan.

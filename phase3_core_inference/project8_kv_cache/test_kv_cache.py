@@ -95,7 +95,9 @@ def test_the_reference_is_right_and_the_fast_cache_equals_it(name):
         slow = model(part, reference.advance(len(part)))
         fast = model(part, cache.plan([(0, len(part), len(part))]))
         torch.testing.assert_close(fast, slow, atol=2e-5, rtol=0)
-        torch.testing.assert_close(slow, model(tokens)[cache.lengths[0] - len(part) : cache.lengths[0]], atol=2e-5, rtol=0)
+        torch.testing.assert_close(
+            slow, model(tokens)[cache.lengths[0] - len(part) : cache.lengths[0]], atol=2e-5, rtol=0
+        )
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -21,7 +21,7 @@ SHORT = 16  # new tokens a row, up to which a step counts as decoding
 class Layout:
     """Where the tokens of one step stand, as plain arrays on the host.
 
-    PAPER: "Efficiently Scaling Transformer Inference", arXiv:2211.05102, section 2.2.
+    PAPER: "Efficiently Scaling Transformer Inference", arXiv:2211.05102, section 2.
     PAPER CONTEXT: prefill runs all input tokens at once, decode one token a sequence; both read the cached past.
     INTUITION: a seating plan: for every guest the row and the seat, and who is going to speak.
     IMPLEMENTATION: everything follows from three columns by `repeat` and `cumsum`; no loop over tokens.
