@@ -38,14 +38,14 @@ def by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> 
     PAPER CONTEXT: softmax(Q K^T / sqrt(d)) V; a group of query heads shares one head of keys and values.
     INTUITION: with one query a row the score matrix is a line: there is nothing to save by tiling it.
     IMPLEMENTATION: the G query heads of a group and the T queries are the rows of one product with their shared keys,
-        so keys are neither repeated nor copied. Softmax in float32.
+        so keys are neither repeated nor copied. Queries are scaled, which are fewer than scores. Softmax in float32.
     WHY: all streaming processors of a GPU share the keys of a long text, also when the batch is one row.
     """
     R, T, H, D = q.shape
     G = H // k.shape[1]
-    rows = q.unflatten(2, (-1, G)).permute(0, 2, 3, 1, 4).reshape(R, -1, G * T, D)  # (R, Hkv, G*T, D)
-    scores = (rows @ k.transpose(-2, -1)).float().unflatten(2, (G, T)) * scale  # (R, Hkv, G, T, S)
-    weights = (scores + bias[:, None, None]).softmax(-1).to(v.dtype)
+    rows = (q * scale).unflatten(2, (-1, G)).permute(0, 2, 3, 1, 4).reshape(R, -1, G * T, D)  # (R, Hkv, G*T, D)
+    scores = (rows @ k.transpose(-2, -1)).unflatten(2, (G, T)) + bias[:, None, None]  # (R, Hkv, G, T, S)
+    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
     y = weights.flatten(2, 3) @ v  # (R, Hkv, G*T, Dv)
     return y.unflatten(2, (G, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # (R, T, H, Dv)
 

@@ -1,5 +1,6 @@
 """Constants of project 8: generating text through a KV cache."""
 
+import math
 import sys
 
 from common import settings as common_settings
@@ -34,6 +35,19 @@ INTERACTIVE = False  # continue what is typed, line after line
 COMPARE = False  # also without a cache: the same tokens, and tokens/s of both
 
 
+# What a number must do; nan passes none of the tests, none passes all.
+_RULES = {
+    "CAPACITY": (lambda value: value >= 2, "be at least 2"),
+    "CHUNK": (lambda value: value >= 1, "be at least 1"),
+    "MAX_NEW_TOKENS": (lambda value: value >= 1, "be at least 1"),
+    "TEMPERATURE": (lambda value: 0 <= value < math.inf, "be 0 (greedy) or positive"),
+    "TOP_K": (lambda value: value >= 1, "be at least 1"),
+    "TOP_P": (lambda value: 0 < value <= 1, "lie above 0 and not above 1"),
+    "MIN_P": (lambda value: 0 <= value <= 1, "lie between 0 and 1"),
+    "REPETITION_PENALTY": (lambda value: 0 < value < math.inf, "be positive"),
+}
+
+
 def validate_config(settings=None):
     """Refuse combinations that cannot work; raises ValueError with the remedy."""
     from common.catalog import GROUPS
@@ -44,16 +58,13 @@ def validate_config(settings=None):
         raise ValueError(f"CACHE={s.CACHE} is unknown: use one of {', '.join(GROUPS['caches'])}")
     if s.DTYPE not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"DTYPE={s.DTYPE} is unknown: use float32, bfloat16 or float16")
-    for name, good in (("CHUNK", 512), ("CAPACITY", 1024), ("MAX_NEW_TOKENS", 128)):
+    for name, (holds, words) in _RULES.items():
         value = getattr(s, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value} must be at least 1: use {good}")
-    for name, good in (("TEMPERATURE", 0.8), ("REPETITION_PENALTY", 1.0)):
-        if getattr(s, name) < 0:
-            raise ValueError(f"{name}={getattr(s, name)} must not be negative: use {good}")
+        if value is not None and not holds(value):
+            raise ValueError(f"{name}={value} must {words}: the default is {getattr(sys.modules[__name__], name)}")
     if not s.PROMPT:
         raise ValueError('PROMPT=[] begins no text: use --prompt "" for one from the beginning of a document')
-    SamplingParams(s.MAX_NEW_TOKENS, s.TEMPERATURE, s.TOP_K, s.TOP_P, s.MIN_P, s.REPETITION_PENALTY, tuple(s.STOP))
+    SamplingParams(stop=tuple(s.STOP))
 
 
 def print_config(settings=None):

@@ -16,7 +16,7 @@ from phase1_foundation.project1_minimal_gpt.sampling import stream as stream_unc
 from phase1_foundation.project3_pretrain.loading import load
 from phase1_foundation.project3_pretrain.writing import KnownTokens
 from phase3_core_inference.project8_kv_cache import config
-from phase3_core_inference.project8_kv_cache.generation import Generation, SamplingParams, Writer
+from phase3_core_inference.project8_kv_cache.generation import Generation, SamplingParams, Writer, append
 from phase3_core_inference.project8_kv_cache.stores import bytes_per_token
 
 
@@ -46,7 +46,7 @@ def write(run, writer, params, prompts):
     if len(prompts) == 1:
         run.print(prompts[0], end="")
     for piece in writer.stream(prompts, [params] * len(prompts)):
-        texts[piece.index].add(piece)
+        append(texts[piece.index], piece)
         n_tokens += piece.token is not None
         if len(prompts) == 1:
             run.print(piece.text, end="")
@@ -72,7 +72,7 @@ def compare(run, writer, params, prompt):
     """The likeliest continuation with the cache and without, timed, and whether both are the same."""
     params = SamplingParams(params.max_new_tokens, temperature=0.0, stop_ids=())
     tokens = writer.encode(prompt)
-    n_new = min(params.max_new_tokens, writer.cache.capacity - len(tokens))
+    n_new = min(params.max_new_tokens, writer.room - len(tokens))
     known = KnownTokens(writer.model, writer.tokenizer.vocab_size)
     ways = {
         "with the cache": lambda n: [p.token for p in writer.stream([tokens], [SamplingParams(n, 0.0, stop_ids=())])],
@@ -89,8 +89,9 @@ def compare(run, writer, params, prompt):
     ours, theirs = results.values()
     differ = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), None)
     size = bytes_per_token(writer.model.specs, next(writer.model.parameters()).dtype)
-    run.print(f"{seconds['without'] / seconds['with the cache']:.1f} times as fast after {len(tokens)} tokens of prompt; "
-              f"{size:,} bytes a token; " + ("the same tokens" if differ is None else f"tokens differ from {differ} on"))  # fmt: skip
+    faster, same = seconds["without"] / seconds["with the cache"], "the same tokens"
+    run.print(f"{faster:.1f} times as fast after a prompt of {len(tokens)} tokens; {size:,} bytes a token; "
+              f"{same if differ is None else f'other tokens from {differ} on'}")  # fmt: skip
     run.print(prompt + writer.tokenizer.decode(ours))
 
 

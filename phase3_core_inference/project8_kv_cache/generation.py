@@ -20,7 +20,7 @@ from phase3_core_inference.project8_kv_cache.sampling_params import SamplingPara
 from phase3_core_inference.project8_kv_cache.stopping import TextStream
 from phase3_core_inference.project8_kv_cache.work import power_of_two, quarter_octaves
 
-__all__ = ["Generation", "Piece", "SamplingParams", "Writer", "generate", "stream"]
+__all__ = ["Generation", "Piece", "SamplingParams", "Writer", "append", "generate", "stream"]
 
 Prompt = str | Sequence[int]
 
@@ -46,14 +46,15 @@ class Generation:
     finish_reason: str | None = None
     logprobs: list[Logprobs] = field(default_factory=list)
 
-    def add(self, piece: Piece) -> None:
-        """Append a piece."""
-        self.text += piece.text
-        self.finish_reason = piece.finish_reason
-        if piece.token is not None:
-            self.tokens.append(piece.token)
-            if piece.logprobs:
-                self.logprobs.append(piece.logprobs)
+
+def append(generation: Generation, piece: Piece) -> None:
+    """Add what one token adds."""
+    generation.text += piece.text
+    generation.finish_reason = piece.finish_reason
+    if piece.token is not None:
+        generation.tokens.append(piece.token)
+        if piece.logprobs:
+            generation.logprobs.append(piece.logprobs)
 
 
 class _Request:
@@ -117,7 +118,9 @@ class Writer:
         build = catalog.resolve("caches", cache) if isinstance(cache, str) else cache
         weight, fast = next(model.parameters()), compiled or graphs
         options = {"padded": True, "round_keys": power_of_two if compiled else quarter_octaves} if fast else {}
-        capacity = min(capacity or model.config.block_size, model.config.block_size)
+        block_size = model.config.block_size
+        self.room = min(capacity or block_size, block_size)  # tokens of a text; kernels like a multiple of 64
+        capacity = min(quarter_octaves(self.room), block_size)
         self.cache = build(model.specs, n_rows, capacity, dtype=weight.dtype, device=weight.device, **options)
         self.decoder = FastDecoder(model, self.cache, compiled, graphs) if fast else Decoder(model, self.cache)
 
@@ -125,9 +128,9 @@ class Writer:
         """The tokens of a prompt; an empty one begins a document. Raises ValueError if there is no room to go on."""
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
         tokens = list(tokens) or [getattr(self.tokenizer, "eot_id", None) or 0]
-        if len(tokens) >= self.cache.capacity:
+        if len(tokens) >= self.room:
             raise ValueError(
-                f"a prompt of {len(tokens)} tokens leaves no room to go on: capacity={self.cache.capacity} (at most "
+                f"a prompt of {len(tokens)} tokens leaves no room to go on: capacity={self.room} (at most "
                 f"the model's block_size={self.model.config.block_size}): shorten it, or raise the capacity"
             )
         return tokens
@@ -135,8 +138,7 @@ class Writer:
     def stream(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> Iterator[Piece]:
         """Continue prompts, and yield what every token adds as soon as it is known, all prompts in turn."""
         encoded, n_rows = [self.encode(prompt) for prompt in prompts], len(self.cache.lengths)
-        room = self.cache.capacity
-        requests = [_Request(i, p, q, self.tokenizer, room) for i, (p, q) in enumerate(zip(encoded, params))]
+        requests = [_Request(i, p, q, self.tokenizer, self.room) for i, (p, q) in enumerate(zip(encoded, params))]
         return self._run([requests[i : i + n_rows] for i in range(0, len(requests), n_rows)])
 
     def _run(self, batches: list[list[_Request]]) -> Iterator[Piece]:
@@ -229,5 +231,5 @@ def generate(
     writer, many, params = _prepare(model, tokenizer, prompts, params, options)
     texts = [Generation(len(writer.encode(prompt))) for prompt in many]
     for piece in writer.stream(many, params):
-        texts[piece.index].add(piece)
+        append(texts[piece.index], piece)
     return texts[0] if many and (isinstance(prompts, str) or isinstance(prompts[0], int)) else texts

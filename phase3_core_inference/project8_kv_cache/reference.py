@@ -42,13 +42,6 @@ class GrowingCache:
     IMPLEMENTATION: one (k, v) a layer, joined by `torch.cat`. Here keys and values are kept rather than hidden states:
         with rotations by absolute position they stay right wherever they are read from.
     WHY: without it, token T costs a forward of T tokens; with it, a forward of one.
-
-    >>> from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
-    >>> model, tokens = Transformer(PRESETS["cpu-tiny"]()).eval(), torch.arange(9)
-    >>> cache = GrowingCache(model.specs)
-    >>> parts = [model(part, cache.advance(len(part))) for part in tokens.split([5, 1, 3])]
-    >>> torch.allclose(torch.cat(parts), model(tokens), atol=1e-5)
-    True
     """
 
     def __init__(self, specs):

@@ -64,6 +64,8 @@ class TextStream:
         return text[len(known) :]
 
     def _release(self, text: str) -> str:
+        if not self.stops:
+            return text
         text = self._waiting + text
         found = [place for place in (text.find(stop) for stop in self.stops) if place >= 0]
         if found:
