@@ -7,6 +7,7 @@ uv run python phase3_core_inference/project8_kv_cache/generate.py --compare
 """
 
 import time
+from dataclasses import replace
 
 import torch
 
@@ -45,7 +46,9 @@ def write(run, writer, params, prompts):
     began, n_tokens, texts = time.perf_counter(), 0, [Generation(0, prompt) for prompt in prompts]
     if len(prompts) == 1:
         run.print(prompts[0], end="")
-    for piece in writer.stream(prompts, [params] * len(prompts)):
+    # One seed would deal all prompts the same luck, and they would say similar things.
+    seeds = [None if params.seed is None else params.seed + number for number in range(len(prompts))]
+    for piece in writer.stream(prompts, [replace(params, seed=seed) for seed in seeds]):
         append(texts[piece.index], piece)
         n_tokens += piece.token is not None
         if len(prompts) == 1:
