@@ -23,8 +23,8 @@ from common.device import pick_device
 from common.run import Run, ask
 from phase1_foundation.project1_minimal_gpt.sampling import check_sampling
 from phase1_foundation.project3_pretrain.loading import load, newest_checkpoint
-from phase2_finetuning.project4_sft.answering import answer
 from phase2_finetuning.project4_sft.other_templates import Transcript, template_for
+from phase3_core_inference.project8_kv_cache.answering import answer
 
 # == Chat ==
 CHECKPOINT: str | None = None  # a checkpoint, a Hugging Face folder or org/name; none: the newest that was fine-tuned

@@ -38,6 +38,15 @@ GROUPS = {
         "transformer": "phase1_foundation.project3_pretrain.loading:build_transformer",
         "minimal_gpt": "phase1_foundation.project3_pretrain.loading:build_minimal_gpt",
     },
+    # where keys and values of what was read are kept: f(specs, n_rows, capacity, dtype=, device=, ...) -> KVCache
+    "caches": {
+        "contiguous": "phase3_core_inference.project8_kv_cache.kv_cache:ContiguousCache",
+        "sliding": "phase3_core_inference.project8_kv_cache.sliding_cache:SlidingCache",
+    },
+    # how prompts are continued: f(model, tokenizer, prompts, params, ...) -> Generation, or a list of them
+    "generators": {
+        "cached": "phase3_core_inference.project8_kv_cache.generation:generate",
+    },
 }
 
 

@@ -71,8 +71,8 @@ def test_parse_refuses_what_it_cannot_read(text):
 
 
 def test_unknown_names_list_the_known_ones(entries):
-    with pytest.raises(ValueError, match="unknown catalog group 'caches': the groups are transforms, runtime"):
-        catalog.resolve("caches", "paged")
+    with pytest.raises(ValueError, match="unknown catalog group 'ghosts': the groups are transforms, runtime"):
+        catalog.resolve("ghosts", "paged")
     with pytest.raises(ValueError, match="unknown name 'flash' in the catalog group 'runtime': known are freeze"):
         catalog.resolve("runtime", "flash")
     with pytest.raises(ValueError, match="unknown transform 'flash': known are broken, freeze, typed, widen"):

@@ -1,0 +1,86 @@
+"""
+Decoder
+
+This file implements running a model over a cache, step by step, following:
+- "Efficiently Scaling Transformer Inference" (Pope et al., 2022) - prefill and decode steps
+
+Each component is explained with paper references for educational purposes.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from common.graphs import capture
+from phase3_core_inference.project8_kv_cache.kv_cache import KVCache
+from phase3_core_inference.project8_kv_cache.work import SHORT, Work
+
+SHAPES = 64  # of decode steps, for each of which code may be compiled
+
+
+class Decoder:
+    """A model and a cache that take steps together.
+
+    PAPER: "Efficiently Scaling Transformer Inference", arXiv:2211.05102, section 2.
+    PAPER CONTEXT: prefill is bound by arithmetic, a decode step by memory, and at small sizes by the host's launches.
+    INTUITION: the model is given work and tokens, and answers with logits; the cache remembers the rest.
+    IMPLEMENTATION: the cache plans, the model runs. Everything is eager, whatever the shapes.
+    WHY: generation, speculation and serving all are loops around this step.
+
+    Args:
+        model: in eval mode; cache: built from its specs.
+    """
+
+    def __init__(self, model, cache: KVCache):
+        self.model, self.cache = model, cache
+
+    @torch.no_grad()
+    def step(self, work: Work, tokens: Sequence[int]) -> Tensor:
+        """Take one step with these tokens, in the order of the work: logits (n_wanted, V).
+
+        They may lie in a buffer that the next step overwrites.
+        """
+        plan = self.cache.plan(work, tokens)
+        return self._run(plan)[: plan.n_wanted]
+
+    def _run(self, plan) -> Tensor:
+        return self.model.forward(plan.tokens, plan)
+
+
+class FastDecoder(Decoder):
+    """A decoder whose short steps are compiled, or recorded and replayed.
+
+    PAPER: "Efficiently Scaling Transformer Inference", arXiv:2211.05102, section 3.
+    PAPER CONTEXT: at small batches what limits a step is latency, not arithmetic.
+    INTUITION: a decode step is so short that giving orders takes longer than carrying them out: write them down once.
+    IMPLEMENTATION: plans of one shape are one object with buffers at fixed addresses. At first sight its forward is
+        compiled and/or recorded into a CUDA graph, afterwards only replayed. Prefill, of any length, runs eagerly.
+    WHY: the hundred launches of a small model's step become one.
+
+    Args:
+        model: in eval mode; cache: built from its specs with `padded=True`.
+        compiled: through torch.compile; graphs: through CUDA graphs (elsewhere without effect).
+    """
+
+    def __init__(self, model, cache: KVCache, compiled: bool = False, graphs: bool = True):
+        super().__init__(model, cache)
+        self._forward = torch.compile(model.forward, fullgraph=True, dynamic=False) if compiled else model.forward
+        self._record = capture if graphs else lambda function, *example: function
+        self._steps: dict = {}  # plan -> what runs it
+
+    def _run(self, plan) -> Tensor:
+        shape = plan.shape
+        if shape.n_each > SHORT or shape.n_wanted < shape.n_tokens:  # neither decode nor verification
+            return super()._run(plan)
+        if plan not in self._steps:
+            self._steps = {old: run for old, run in self._steps.items() if self.cache.keeps(old)}
+            self._steps[plan] = self._first(plan)
+        return self._steps[plan](plan.tokens)
+
+    def _first(self, plan) -> Callable[[Tensor], Tensor]:
+        """What runs steps of this plan from now on."""
+        forward = self._forward
+        with torch._dynamo.config.patch(recompile_limit=SHAPES):
+            forward(plan.tokens, plan)  # compiled here, if at all: later calls find the code
+        return self._record(lambda tokens: forward(tokens, plan), plan.tokens)

@@ -1,0 +1,235 @@
+"""
+Generation
+
+This file implements text from prompts, through a cache, following:
+- "Efficiently Scaling Transformer Inference" (Pope et al., 2022) - prefill once, then one decode step a token
+- "The Curious Case of Neural Text Degeneration" (Holtzman et al., 2019) - sampling
+
+Each component is explained with paper references for educational purposes.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from common import catalog
+from phase3_core_inference.project8_kv_cache.decoder import Decoder, FastDecoder
+from phase3_core_inference.project8_kv_cache.kv_cache import KVCache
+from phase3_core_inference.project8_kv_cache.sampling import Logprobs, Sampler
+from phase3_core_inference.project8_kv_cache.sampling_params import SamplingParams
+from phase3_core_inference.project8_kv_cache.stopping import TextStream
+from phase3_core_inference.project8_kv_cache.work import power_of_two, quarter_octaves
+
+__all__ = ["Generation", "Piece", "SamplingParams", "Writer", "append", "generate", "stream"]
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one token adds to one text."""
+
+    index: int  # of the prompt
+    text: str  # may be empty: half a character, or what may become a stop text
+    token: int | None  # None: the token that ended the text, or what was still held back
+    finish_reason: str | None = None  # "stop" or "length", with the last piece
+    logprobs: Logprobs | None = None
+
+
+@dataclass
+class Generation:
+    """A whole continuation."""
+
+    prompt_tokens: int
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    logprobs: list[Logprobs] = field(default_factory=list)
+
+
+def append(generation: Generation, piece: Piece) -> None:
+    """Add what one token adds."""
+    generation.text += piece.text
+    generation.finish_reason = piece.finish_reason
+    if piece.token is not None:
+        generation.tokens.append(piece.token)
+        if piece.logprobs:
+            generation.logprobs.append(piece.logprobs)
+
+
+class _Request:
+    """One prompt on its way; `index` is its place among the prompts."""
+
+    def __init__(self, index: int, prompt: list[int], params: SamplingParams, tokenizer, room: int):
+        self.index, self.tokens, self.params = index, list(prompt), params
+        self.limit = min(len(prompt) + params.max_new_tokens, room)  # tokens in all
+        self.fed, self.finish_reason = 0, None
+        self.text = TextStream(tokenizer.decode, params.stop)
+        eot = getattr(tokenizer, "eot_id", None)
+        self.stop_ids = frozenset(({eot} - {None}) if params.stop_ids is None else params.stop_ids)
+
+    def accept(self, token: int, logprobs: Logprobs | None) -> Piece:
+        """Take in a token that was drawn."""
+        if token in self.stop_ids:
+            self.finish_reason = "stop"
+            return Piece(self.index, self.text.finish(), None, "stop")
+        self.tokens.append(token)
+        text = self.text.push(token)
+        if not self.text.stopped and len(self.tokens) == self.limit:
+            text, self.finish_reason = text + self.text.finish(), "length"
+        if self.text.stopped:
+            self.finish_reason = "stop"
+        return Piece(self.index, text, token, self.finish_reason, logprobs)
+
+
+class Writer:
+    """A model with a cache, ready to continue prompts; what was compiled or recorded serves all calls.
+
+    PAPER: "Efficiently Scaling Transformer Inference", arXiv:2211.05102, section 2.
+    PAPER CONTEXT: prefill runs over the prompt in parallel; decoding appends token by token, each time reading weights
+        and cache.
+    INTUITION: read the question once; then speak word by word from the notes.
+    IMPLEMENTATION: rows of the cache are given to prompts, chunks of prompts to steps of at most `chunk` tokens; then
+        all rows take a decode step at a time until each has ended. Ragged rows need no padding.
+    WHY: the one loop behind `generate`, `stream`, the chat and the scripts.
+
+    Args:
+        model, tokenizer: as `load` gives them; n_rows: prompts at a time; capacity: tokens of each (None: block_size).
+        cache: a name in the catalog's group "caches", or what builds one from (specs, n_rows, capacity, dtype, device).
+        chunk: the most tokens of a prefill step; compiled, graphs: see `FastDecoder`.
+    """
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        n_rows: int = 1,
+        capacity: int | None = None,
+        cache: str | Callable[..., KVCache] = "contiguous",
+        chunk: int = 512,
+        compiled: bool = False,
+        graphs: bool = False,
+    ):
+        if tokenizer is None:
+            raise ValueError("this model came without a tokenizer, so there is no text to read or write: add its files")
+        if chunk < 1:
+            raise ValueError(f"chunk={chunk} must be at least 1: the most tokens of a prefill step")
+        self.model, self.tokenizer, self.chunk = model, tokenizer, chunk
+        build = catalog.resolve("caches", cache) if isinstance(cache, str) else cache
+        weight, fast = next(model.parameters()), compiled or graphs
+        options = {"padded": True, "round_keys": power_of_two if compiled else quarter_octaves} if fast else {}
+        block_size = model.config.block_size
+        self.room = min(capacity or block_size, block_size)  # tokens of a text; kernels like a multiple of 64
+        capacity = min(quarter_octaves(self.room), block_size)
+        self.cache = build(model.specs, n_rows, capacity, dtype=weight.dtype, device=weight.device, **options)
+        self.decoder = FastDecoder(model, self.cache, compiled, graphs) if fast else Decoder(model, self.cache)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The tokens of a prompt; an empty one begins a document. Raises ValueError if there is no room to go on."""
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        tokens = list(tokens) or [getattr(self.tokenizer, "eot_id", None) or 0]
+        if len(tokens) >= self.room:
+            raise ValueError(
+                f"a prompt of {len(tokens)} tokens leaves no room to go on: capacity={self.room} (at most "
+                f"the model's block_size={self.model.config.block_size}): shorten it, or raise the capacity"
+            )
+        return tokens
+
+    def stream(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> Iterator[Piece]:
+        """Continue prompts, and yield what every token adds as soon as it is known, all prompts in turn."""
+        encoded, n_rows = [self.encode(prompt) for prompt in prompts], len(self.cache.lengths)
+        requests = [_Request(i, p, q, self.tokenizer, self.room) for i, (p, q) in enumerate(zip(encoded, params))]
+        return self._run([requests[i : i + n_rows] for i in range(0, len(requests), n_rows)])
+
+    def _run(self, batches: list[list[_Request]]) -> Iterator[Piece]:
+        training = self.model.training
+        self.model.eval()
+        try:
+            for batch in batches:
+                yield from self._batch(batch)
+        finally:
+            self.model.train(training)
+            for row in (row for row, length in enumerate(self.cache.lengths) if length):
+                self.cache.free(row)
+
+    def _batch(self, requests: list[_Request]) -> Iterator[Piece]:
+        """One request a row, from prefill to the last one's end."""
+        params = [request.params for request in requests]
+        seeds = [random.getrandbits(62) if p.seed is None else p.seed for p in params]
+        device = next(self.model.parameters()).device
+        prompts = [request.tokens for request in requests]
+        sampler = Sampler(params, seeds, prompts, self.tokenizer.vocab_size, device)
+        while rows := [row for row, request in enumerate(requests) if request.finish_reason is None]:
+            work, tokens = self._next_work(rows, requests)
+            logits = self.decoder.step(work, tokens)
+            rows = [row for row, _, n_wanted in work if n_wanted]
+            if not rows:
+                continue
+            drawn = sampler.draw(logits, rows, [len(requests[row].tokens) for row in rows])
+            for row, token, logprobs in zip(rows, drawn.tokens, drawn.logprobs):
+                piece = requests[row].accept(token, logprobs)
+                if piece.finish_reason:
+                    self.cache.free(row)
+                yield piece
+
+    def _next_work(self, rows: list[int], requests: list[_Request]) -> tuple[list[tuple[int, int, int]], list[int]]:
+        """Chunks of prompts as long as there are any, then one token of each row."""
+        reading = [row for row in rows if len(requests[row].tokens) - requests[row].fed > 1 or not requests[row].fed]
+        work, tokens, budget = [], [], self.chunk if reading else len(rows)
+        for row in reading or rows:
+            request = requests[row]
+            n = min(len(request.tokens) - request.fed, budget, self.cache.step_limit)
+            if n:
+                work.append((row, n, int(request.fed + n == len(request.tokens))))
+                tokens += request.tokens[request.fed : request.fed + n]
+                request.fed, budget = request.fed + n, budget - n
+        return work, tokens
+
+
+def _prepare(model, tokenizer, prompts, params, options) -> tuple[Writer, list[Prompt], list[SamplingParams]]:
+    """What `generate` and `stream` are given, as lists of equal length, and a writer with room for them."""
+    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    prompts = [prompts] if one else list(prompts)
+    params = params or SamplingParams()
+    params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+    if not prompts or len(params) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts and {len(params)} sampling parameters: give at least one prompt, and "
+                         f"one SamplingParams for all, or one for each")  # fmt: skip
+    if tokenizer is not None and "capacity" not in options:
+        lengths = [len(tokenizer.encode(p)) if isinstance(p, str) else len(p) for p in prompts]
+        options = options | {"capacity": max(max(n, 1) + p.max_new_tokens for n, p in zip(lengths, params))}
+    return Writer(model, tokenizer, **({"n_rows": min(len(prompts), 64)} | options)), prompts, params
+
+
+def stream(model, tokenizer, prompts: Prompt | Sequence[Prompt], params=None, **options) -> Iterator[Piece]:
+    """Continue prompts and yield what every token adds, as soon as it is known; arguments as of `generate`."""
+    writer, prompts, params = _prepare(model, tokenizer, prompts, params, options)
+    return writer.stream(prompts, params)
+
+
+def generate(
+    model,
+    tokenizer,
+    prompts: Prompt | Sequence[Prompt],
+    params: SamplingParams | Sequence[SamplingParams] | None = None,
+    **options,
+) -> Generation | list[Generation]:
+    """Continue one prompt, or many at once.
+
+    PAPER: "Efficiently Scaling Transformer Inference", arXiv:2211.05102, section 2.
+    PAPER CONTEXT: prefill computes keys and values of the prompt in one pass, decoding adds a token at a time.
+    INTUITION: the whole machine behind one call.
+    IMPLEMENTATION: a `Writer` with as much room as is needed; the pieces of each prompt are put together.
+    WHY: what most callers want; who wants to see text as it comes calls `stream`, who calls often keeps a `Writer`.
+
+    Args:
+        prompts: a text, or token ids, or a list of these; params: one for all, or one for each.
+        options: of `Writer`: cache, chunk, compiled, graphs, n_rows, capacity.
+
+    Returns a Generation, or for a list a list of them.
+    """
+    writer, many, params = _prepare(model, tokenizer, prompts, params, options)
+    texts = [Generation(len(writer.encode(prompt))) for prompt in many]
+    for piece in writer.stream(many, params):
+        append(texts[piece.index], piece)
+    return texts[0] if many and (isinstance(prompts, str) or isinstance(prompts[0], int)) else texts

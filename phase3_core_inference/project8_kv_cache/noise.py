@@ -1,0 +1,61 @@
+"""
+Noise by counting
+
+This file implements random numbers that depend on nothing but their place following:
+- "The Curious Case of Neural Text Degeneration" (Holtzman et al., 2019) - drawing from what is left of the distribution
+
+Each component is explained with paper references for educational purposes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # splitmix64's
+_MASK = (1 << 64) - 1
+
+
+def _signed(x: int) -> int:
+    """The int64 with these 64 bits."""
+    x &= _MASK
+    return x - (1 << 64) if x >> 63 else x
+
+
+def scramble(x: int) -> int:
+    """splitmix64's output function on a Python int: every bit of the result depends on every bit of x.
+
+    >>> hex(scramble(0x9E3779B97F4A7C15))    # the first number of splitmix64 from seed 0
+    '0xe220a8397b1dcdaf'
+    """
+    x &= _MASK
+    x = (x ^ (x >> 30)) * _FIRST & _MASK
+    x = (x ^ (x >> 27)) * _SECOND & _MASK
+    return x ^ (x >> 31)
+
+
+def noise_keys(seeds: Sequence[int], positions: Sequence[int]) -> list[int]:
+    """One int64 for each (seed, position)."""
+    return [
+        _signed(scramble(scramble(seed + _GOLDEN) + position * _GOLDEN)) for seed, position in zip(seeds, positions)
+    ]
+
+
+def gumbel(keys: Tensor, vocab_size: int) -> Tensor:
+    """Gumbel noise for every token: keys (R,) int64 -> (R, V) float32.
+
+    PAPER: drawing as in "The Curious Case of Neural Text Degeneration", arXiv:1904.09751, section 3; the noise is
+        splitmix64 by counter, and the Gumbel-max trick: practice rather than a paper.
+    PAPER CONTEXT: the next token is a draw from a distribution.
+    INTUITION: every token is dealt a lucky number; the likely ones need less luck. Who deals, and to how many others at
+        once, changes nothing.
+    IMPLEMENTATION: hash (key, token) to 40 bits, u in (0, 1); -log(-log(1 - u)). The largest logit + noise is a draw
+        from softmax. Small u win, where float32 is finest. Shifts of int64 carry the sign, so bits are masked.
+    WHY: a generator's state would tie a request's text to its neighbours in the batch, and to being preempted.
+    """
+    x = keys.unsqueeze(-1) + torch.arange(1, vocab_size + 1, device=keys.device) * _signed(_GOLDEN)
+    x = (x ^ ((x >> 30) & (_MASK >> 30))) * _signed(_FIRST)
+    x = (x ^ ((x >> 27) & (_MASK >> 27))) * _signed(_SECOND)
+    x = x ^ ((x >> 31) & (_MASK >> 31))
+    u = (((x >> 24) & (_MASK >> 24)).float() + 0.5) * 2.0**-40
+    return -torch.log(-torch.log1p(-u.clamp(max=1 - 2.0**-24)))

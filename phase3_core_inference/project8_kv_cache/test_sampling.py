@@ -1,0 +1,182 @@
+"""Sampling: every parameter as transformers has it, even noise, requests that do not depend on their neighbours."""
+
+import pytest
+import torch
+import transformers
+
+from phase1_foundation.project1_minimal_gpt.sampling import next_token_probabilities
+from phase3_core_inference.project8_kv_cache.noise import gumbel, noise_keys, scramble
+from phase3_core_inference.project8_kv_cache.sampling import Sampler, cut_tail, penalize
+from phase3_core_inference.project8_kv_cache.sampling_params import SamplingParams
+
+V = 50
+
+
+def draw_logits(rows=4, seed=0, scale=3.0):
+    return torch.randn(rows, V, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def column(*values):
+    return torch.tensor(values).unsqueeze(-1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_cut_is_that_of_transformers(seed):
+    logits, ids = draw_logits(seed=seed), torch.zeros(4, 1, dtype=torch.long)
+    off_k, off_p, off_m = column(V, V, V, V), column(1.0, 1.0, 1.0, 1.0), column(0.0, 0.0, 0.0, 0.0)
+    ks, ps, ms = [1, 3, 20, V], [0.05, 0.5, 0.9, 0.999], [0.001, 0.05, 0.5, 1.0]
+    theirs = {
+        "k": torch.cat([transformers.TopKLogitsWarper(k)(ids[:1], row[None]) for k, row in zip(ks, logits)]),
+        "p": torch.cat([transformers.TopPLogitsWarper(p)(ids[:1], row[None]) for p, row in zip(ps, logits)]),
+        "m": torch.cat([transformers.MinPLogitsWarper(m)(ids[:1], row[None]) for m, row in zip(ms, logits)]),
+    }
+    torch.testing.assert_close(cut_tail(logits, column(*ks), off_p, off_m), theirs["k"])
+    torch.testing.assert_close(cut_tail(logits, off_k, column(*ps), off_m), theirs["p"])
+    torch.testing.assert_close(cut_tail(logits, off_k, off_p, column(*ms)), theirs["m"])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_all_cuts_together_are_transformers_in_their_order(seed):
+    logits, ids = draw_logits(seed=seed), torch.zeros(4, 1, dtype=torch.long)
+    for k, p, m in ((10, 0.8, 0.1), (3, 0.99, 0.0), (V, 0.7, 0.3)):
+        theirs = transformers.LogitsProcessorList(
+            [transformers.TopKLogitsWarper(k), transformers.TopPLogitsWarper(p), transformers.MinPLogitsWarper(m)]
+        )(ids, logits)
+        ours = cut_tail(logits, column(*[k] * 4), column(*[p] * 4), column(*[m] * 4))
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_cuts_are_those_of_project_1():
+    logits = draw_logits()
+    for k, p in ((5, 1.0), (V, 0.6), (7, 0.9)):
+        ours = cut_tail(logits / 0.7, column(*[k] * 4), column(*[p] * 4), column(*[0.0] * 4)).softmax(-1)
+        torch.testing.assert_close(ours, next_token_probabilities(logits, 0.7, k, p))
+
+
+def test_the_penalty_is_that_of_transformers():
+    logits, ids = draw_logits(), torch.tensor([[1, 2, 2], [0, 0, 0], [49, 5, 7], [3, 4, 5]])
+    seen = torch.zeros(4, V, dtype=torch.bool).scatter(1, ids, True)
+    theirs = transformers.RepetitionPenaltyLogitsProcessor(1.3)(ids, logits)
+    torch.testing.assert_close(penalize(logits, seen, column(*[1.3] * 4)), theirs)
+
+
+def test_noise_is_splitmix64_and_gumbel():
+    keys = noise_keys([3, -1], [0, 10**6])
+    assert all(-(2**63) <= key < 2**63 for key in keys)
+    noise = gumbel(torch.tensor(keys), 5)
+    for key, row in zip(keys, noise):
+        for token, value in enumerate(row):
+            u = ((scramble(key + (token + 1) * 0x9E3779B97F4A7C15) >> 24) + 0.5) / 2**40
+            exact = -torch.log(-torch.log1p(torch.tensor(-u, dtype=torch.float64)))
+            assert float(value) == pytest.approx(float(exact), rel=1e-4, abs=1e-5)
+
+
+def test_noise_draws_from_the_distribution():
+    """Chi-square over 20,000 positions: at the 0.1% level for 7 degrees of freedom, the seed fixed."""
+    p = torch.tensor([0.4, 0.2, 0.15, 0.1, 0.08, 0.04, 0.02, 0.01])
+    for keys in (noise_keys([5] * 20_000, range(20_000)), noise_keys(range(20_000), [5] * 20_000)):
+        drawn = (p.log() + gumbel(torch.tensor(keys), 8)).argmax(-1).bincount(minlength=8)
+        expected = p * 20_000
+        assert float(((drawn - expected) ** 2 / expected).sum()) < 24.3
+
+
+def test_noise_of_neighbours_is_independent():
+    noise = gumbel(torch.tensor(noise_keys([1] * 200, range(200))), 500)
+    for a, b in ((noise[1:], noise[:-1]), (noise[:, 1:], noise[:, :-1])):
+        correlation = torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1]
+        assert abs(float(correlation)) < 0.015  # five standard deviations of 100,000 pairs
+    assert noise.isfinite().all() and float(noise.mean()) == pytest.approx(0.5772, abs=0.02)
+
+
+MIX = [
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=0.7, seed=1),
+    SamplingParams(temperature=1.5, top_k=5, seed=2),
+    SamplingParams(temperature=1.0, top_p=0.5, repetition_penalty=1.4, seed=3, logprobs=2),
+    SamplingParams(temperature=1.0, min_p=0.2, seed=4),
+]
+PROMPTS = [[1, 2], [3], [4, 4], [5, 6, 7], [8]]
+
+
+def test_a_request_draws_the_same_alone_and_in_any_batch():
+    for step in range(30):
+        logits = draw_logits(5, seed=step)
+        alone = []
+        for i in range(5):
+            sampler = Sampler([MIX[i]], [i], [PROMPTS[i]], V, "cpu")
+            alone += sampler.draw(logits[i : i + 1], [0], [10 + step]).tokens
+        together = Sampler(MIX, range(5), PROMPTS, V, "cpu")
+        assert together.draw(logits, range(5), [10 + step] * 5).tokens == alone
+        some = Sampler(MIX, range(5), PROMPTS, V, "cpu").draw(logits[[4, 2]], [4, 2], [10 + step] * 2)
+        assert some.tokens == [alone[4], alone[2]]
+
+
+def test_greedy_rows_stay_greedy_in_a_batch_that_draws():
+    logits = draw_logits(5)
+    assert Sampler(MIX, range(5), PROMPTS, V, "cpu").draw(logits, range(5), [3] * 5).tokens[0] == int(
+        logits[0].argmax()
+    )
+
+
+def test_padding_of_the_vocabulary_is_never_drawn():
+    logits = torch.zeros(1, V + 14)
+    logits[:, V:] = 50.0
+    for temperature in (0.0, 1.0):
+        sampler = Sampler([SamplingParams(temperature=temperature)], [0], [[1]], V, "cpu")
+        assert all(sampler.draw(logits, [0], [p]).tokens[0] < V for p in range(20))
+
+
+def test_what_was_drawn_is_penalized_from_then_on():
+    logits = torch.zeros(1, V)
+    logits[0, 7], logits[0, 8] = 2.0, 1.9
+    sampler = Sampler([SamplingParams(temperature=0.0, repetition_penalty=1.2)], [0], [[1]], V, "cpu")
+    assert [sampler.draw(logits, [0], [p]).tokens[0] for p in range(3)] == [7, 8, 7]
+    prompted = Sampler([SamplingParams(temperature=0.0, repetition_penalty=1.2)], [0], [[7]], V, "cpu")
+    assert prompted.draw(logits, [0], [0]).tokens == [8]
+
+
+def test_logprobs_are_those_of_the_model():
+    logits = draw_logits(5)
+    exact = logits.log_softmax(-1)
+    drawn = Sampler(MIX, range(5), PROMPTS, V, "cpu").draw(logits, range(5), [3] * 5)
+    assert [own is None for own in drawn.logprobs] == [True, True, True, False, True]
+    own = drawn.logprobs[3]
+    assert own.chosen == pytest.approx(float(exact[3, drawn.tokens[3]]), abs=1e-6)
+    values, ids = exact[3].topk(2)
+    assert [token for token, _ in own.top] == ids.tolist()
+    assert [value for _, value in own.top] == pytest.approx(values.tolist(), abs=1e-6)
+
+
+def test_a_tiny_temperature_is_greedy_and_does_not_overflow():
+    logits = draw_logits(1)
+    sampler = Sampler([SamplingParams(temperature=1e-30)], [0], [[1]], V, "cpu")
+    assert {sampler.draw(logits, [0], [p]).tokens[0] for p in range(20)} == {int(logits.argmax())}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"temperature": -1.0}, "temperature=-1.0"), ({"top_k": 0}, "top_k=0"), ({"top_p": 0.0}, "top_p=0.0"),
+        ({"min_p": 1.5}, "min_p=1.5"), ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
+        ({"stop": ("a", "")}, "empty text"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"), ({"logprobs": -1}, "logprobs=-1"),
+    ],
+)  # fmt: skip
+def test_values_that_make_no_distribution_are_refused(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        SamplingParams(**arguments)
+    assert SamplingParams(stop="###").stop == ("###",)
+
+
+if __name__ == "__main__":
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    for params in (
+        SamplingParams(),
+        SamplingParams(top_k=2),
+        SamplingParams(top_p=0.6),
+        SamplingParams(temperature=0.3),
+    ):
+        sampler = Sampler([params], [0], [[0]], 4, "cpu")
+        drawn = [sampler.draw(logits, [0], [p]).tokens[0] for p in range(2000)]
+        print(params, [drawn.count(i) / 2000 for i in range(4)])
+    raise SystemExit(pytest.main([__file__]))
