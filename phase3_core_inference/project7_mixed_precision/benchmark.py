@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import sys
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
@@ -397,7 +398,9 @@ def train_runs(report, s, device, _):
         for kind in FLOAT8_RUNS:
             report.skip(name.format(kind), "whole runs, on demand: --parts run --run_steps 300")
         return
-    lines = {kind: train_run(s, base, kind, uses) for kind, uses in {base: [], **FLOAT8_RUNS}.items()}
+    runs = {base: [], **FLOAT8_RUNS}
+    with ThreadPoolExecutor(s.RUNS_AT_ONCE) as pool:
+        lines = dict(zip(runs, pool.map(lambda kind: train_run(s, base, kind, runs[kind]), runs)))
     for kind in FLOAT8_RUNS:
         ours, theirs = lines[kind][1][-1], lines[base][1][-1]
         gap = ours / theirs - 1

@@ -13,6 +13,7 @@ PARTS: list[str] = ["checks", "products", "steps", "inference", "run"]  # of the
 MODELS: list[str] = ["124M", "1.1B"] if _GPU else ["small"]  # shapes whose training steps are timed
 REPEATS = 5  # timed rounds, all rivals in turn
 RUN_STEPS = 0  # steps of the training runs that are compared; 0 leaves them out
+RUNS_AT_ONCE = 1  # how many of them share the device; their losses do not depend on it
 RUN_FLAGS = ""  # further flags of all of them, in one string: --run_flags="--data_dir ..."
 
 _CHOICES = {"PARTS": ("checks", "products", "steps", "inference", "run"), "MODELS": ("small", "124M", "1.1B")}
@@ -25,8 +26,9 @@ def validate_config(settings=None):
         values = getattr(s, name)
         if not values or any(value not in choices for value in values):
             raise ValueError(f"{name}={values} must name some of {', '.join(choices)}, and nothing else")
-    if s.REPEATS < 1:
-        raise ValueError(f"REPEATS={s.REPEATS} must be at least 1")
+    for name in ("REPEATS", "RUNS_AT_ONCE"):
+        if getattr(s, name) < 1:
+            raise ValueError(f"{name}={getattr(s, name)} must be at least 1")
     if s.RUN_STEPS < 0:
         raise ValueError(f"RUN_STEPS={s.RUN_STEPS} must be at least 0")
 
