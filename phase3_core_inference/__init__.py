@@ -1,0 +1,1 @@
+"""Phase 3: precision, caches and attention kernels."""
