@@ -12,7 +12,7 @@ Each component is explained with paper references for educational purposes.
 import triton
 import triton.language as tl
 
-from phase3_core_inference.project9_flash_attention.forward_kernel import LOG2_E, NOTHING
+from phase3_core_inference.project9_flash_attention.forward_kernel import HIDDEN, LOG2_E, LOWEST
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def split_kernel(q_ptr, k_ptr, v_ptr, lengths_ptr, top_ptr, total_ptr, part_ptr,
     k_at = k_ptr + b.to(tl.int64) * stride_kb + kv_head.to(tl.int64) * stride_kh
     v_at = v_ptr + b.to(tl.int64) * stride_vb + kv_head.to(tl.int64) * stride_vh
     acc = tl.zeros((BLOCK_G, BLOCK_V), tl.float32)
-    top = tl.full((BLOCK_G,), NOTHING, tl.float32)
+    top = tl.full((BLOCK_G,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_G,), tl.float32)
     scale *= LOG2_E
     for n in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
@@ -53,7 +53,7 @@ def split_kernel(q_ptr, k_ptr, v_ptr, lengths_ptr, top_ptr, total_ptr, part_ptr,
         inside = keys < end
         at = keys.to(tl.int64)[:, None]
         k = tl.load(k_at + at * stride_ks + d[None, :], mask=inside[:, None] & (d[None, :] < D), other=0.0)
-        scores = tl.where(inside[None, :], tl.dot(q, k.T, input_precision="ieee") * scale, NOTHING)
+        scores = tl.where(inside[None, :], tl.dot(q, k.T, input_precision="ieee") * scale, HIDDEN)
         higher = tl.maximum(top, tl.max(scores, 1))
         p = tl.exp2(scores - higher[:, None])
         shrink = tl.exp2(top - higher)
@@ -74,13 +74,13 @@ def merge_kernel(top_ptr, total_ptr, part_ptr, o_ptr, splits, V, BLOCK_S: tl.con
     PAPER: "Flash-Decoding for long-context inference" (Dao et al., 2023), step 3.
     PAPER CONTEXT: the output is the reduction over all splits, scaled by their log-sum-exps.
     INTUITION: the notes of the readers count by how much each found.
-    IMPLEMENTATION: one more step of the online softmax, over parts instead of keys; a part without keys has sum 0, and a
-        row without keys gives 0.
+    IMPLEMENTATION: one more step of the online softmax, over parts instead of keys; a part without keys has sum 0, and
+        a row without keys gives 0.
     WHY: exact, whatever the number of parts; they are tiny beside the cache.
     """
     row = tl.program_id(0).to(tl.int64)
     s, e = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_V)
-    top = tl.load(top_ptr + row * splits + s, mask=s < splits, other=NOTHING)
+    top = tl.load(top_ptr + row * splits + s, mask=s < splits, other=LOWEST)
     total = tl.load(total_ptr + row * splits + s, mask=s < splits, other=0.0)
     weight = tl.exp2(top - tl.max(top, 0))
     inside = (s[:, None] < splits) & (e[None, :] < V)

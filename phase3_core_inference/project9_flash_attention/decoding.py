@@ -16,7 +16,7 @@ from common import kernels
 from phase3_core_inference.project9_flash_attention.tiles import width_of
 
 BLOCK = 64  # keys of a tile
-PROGRAMS = 4  # for each multiprocessor: enough to hide the latency of memory
+PROGRAMS = 8  # for each multiprocessor: enough to hide the latency of memory
 
 
 @functools.cache
@@ -91,7 +91,7 @@ def flash_decode(
     PAPER: "Flash-Decoding for long-context inference" (Dao et al., 2023).
     PAPER CONTEXT: split the keys, attend to each part, and reduce by the log-sum-exp; up to 8 times faster generation.
     INTUITION: training has a thousand queries to keep a GPU busy, decoding one: so the keys must be shared out.
-    IMPLEMENTATION: row b sees its first lengths[b] keys (int32, on the device), the last `window` of them if there is one;
+    IMPLEMENTATION: row b sees its first lengths[b] keys (int32, on the device), or the last `window` of them;
         `splits` is chosen from the shapes; no waiting for the device, so that it can be captured in a graph.
     WHY: what a decoding step costs is the one reading of the cache; see the benchmark for how near it comes.
 

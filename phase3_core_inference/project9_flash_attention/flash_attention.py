@@ -36,16 +36,20 @@ def runs_on_kernels(x: Tensor) -> bool:
     return kernels.interpreting() and x.dtype in (torch.float16, torch.float32)
 
 
-def tiled(x: Tensor, rows: int, width: int):
-    """A descriptor that reads and writes tiles (rows, width) of x (B, T, H, D), zeros past its edges.
+def heads_first(x: Tensor) -> tuple[list[int], list[int]]:
+    """Shape and strides of x (B, T, H, D) as (B, H, T, D).
 
     The tensor memory accelerator wants strides of whole 16 bytes; a dimension of size 1 may have any.
     """
+    strides = [x.stride(i) if x.shape[i] > 1 else 16 for i in (0, 2, 1)]
+    return [x.shape[i] for i in (0, 2, 1, 3)], [*strides, 1]
+
+
+def tiled(x: Tensor, rows: int, width: int):
+    """A descriptor that reads and writes tiles (rows, width) of x (B, T, H, D), zeros past its edges."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    shape = [x.shape[i] for i in (0, 2, 1, 3)]
-    strides = [x.stride(i) if x.shape[i] > 1 else 16 for i in (0, 2, 1)]
-    return TensorDescriptor(x, shape, [*strides, 1], [1, 1, rows, width])
+    return TensorDescriptor(x, *heads_first(x), [1, 1, rows, width])
 
 
 def readable(x: Tensor) -> Tensor:
@@ -113,8 +117,8 @@ def flash_backward(
     PAPER: "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", arXiv:2307.08691, alg. 2.
     PAPER CONTEXT: delta first, then one program for each tile of keys.
     INTUITION: keys gather, queries gather; nobody writes into another's rows.
-    IMPLEMENTATION: three kernels (delta, dK with dV, dQ). `upper`, the first query that no longer sees a key, follows from
-        the lower bounds, which never fall.
+    IMPLEMENTATION: three kernels (delta, dK with dV, dQ). `upper`, the first query that no longer sees a key, follows
+        from the lower bounds, which never fall.
     WHY: without atomics the gradients have the same bits every time: deterministic, without an option for it.
     """
     do, q, k, v = readable(do), readable(q), readable(k), readable(v)
@@ -159,20 +163,20 @@ def upper_bounds(lower: Tensor) -> Tensor:
     return torch.searchsorted(lower.contiguous(), keys.contiguous(), right=True, out_int32=True)
 
 
-def _remember(ctx, inputs, output):
+def remember(ctx, inputs, output) -> None:
     """Keep q, k, v, o and one number a row for the backward."""
     q, k, v, lower, ctx.scale, ctx.causal = inputs
     ctx.save_for_backward(q, k, v, lower, *output)
 
 
-def _differentiate(ctx, do, dlse):
+def differentiate(ctx, do: Tensor, dlse: Tensor) -> tuple:
     """The gradients of the six arguments of `flash_forward`."""
     q, k, v, lower, o, lse = ctx.saved_tensors
     grads = torch.ops.roadmap.flash_backward(do, dlse, q, k, v, o, lse, lower, ctx.scale, ctx.causal)
     return (*grads, None, None, None)
 
 
-flash_forward.register_autograd(_differentiate, setup_context=_remember)
+flash_forward.register_autograd(differentiate, setup_context=remember)
 
 
 def flash_attention(
@@ -189,7 +193,8 @@ def flash_attention(
     WHY: any T, grouped heads, windows and packed documents, at memory that grows with T alone.
 
     Args:
-        q, k, v: (..., T, H, D), (..., T, Hkv, D), (..., T, Hkv, Dv), bfloat16 or float16; D, Dv multiples of 8 up to 256.
+        q, k, v: (..., T, H, D), (..., T, Hkv, D), (..., T, Hkv, Dv), bfloat16 or float16; D, Dv multiples of 8, at most
+            256.
         starts: (..., T), where the document of each token begins; must not fall within a row.
 
     Raises:
@@ -213,6 +218,15 @@ def flash_attention(
     return o.reshape(*q.shape[:-1], V)
 
 
-def use_flash_attention(model):
-    """Give `model` FlashAttention, for training and for whole prompts."""
-    return model.use_attention(flash_attention)
+def use_flash_attention(model, gluon: bool = False):
+    """Give `model` FlashAttention, for training and for whole prompts; with `gluon` the forward made for Hopper GPUs.
+
+    Raises:
+        ValueError: `gluon` without a Hopper GPU or without a Triton that has Gluon for it.
+    """
+    if not gluon:
+        return model.use_attention(flash_attention)
+    from phase3_core_inference.project9_flash_attention import gluon_attention  # it stands on this file
+
+    gluon_attention.require_hopper()
+    return model.use_attention(gluon_attention.gluon_attention)

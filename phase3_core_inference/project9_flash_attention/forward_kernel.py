@@ -13,7 +13,11 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # the hardware has exp2, so that everything is counted in bits
-NOTHING = tl.constexpr(-1.0e30)  # the score of a key that is not seen: finite, as -inf - -inf would be NaN
+HIDDEN = tl.constexpr(float("-inf"))  # the score of a key that is not seen
+# Where a row's maximum begins: finite, as a row may meet a whole tile of hidden keys first, and -inf - -inf is NaN.
+# HIDDEN in turn must not be finite: `scores * scale - higher` is one FMA, whose product is not rounded while `higher`
+# was, and at a size of 1e30 the difference between the two is some 1e22, either way: exp2 of that is infinite.
+LOWEST = tl.constexpr(-1.0e30)
 
 
 @triton.jit
@@ -70,7 +74,7 @@ def attend(acc, top, total, q, k_desc, v_desc, b, kv_head, begin, end, rows, low
         if MASKED:
             keys = n + tl.arange(0, BLOCK_N)
             seen = visible(rows[:, None], keys[None, :], lower[:, None], T, CAUSAL, LOWER)
-            scores = tl.where(seen, scores, NOTHING)
+            scores = tl.where(seen, scores, HIDDEN)
         higher = tl.maximum(top, tl.max(scores, 1) * scale)
         p = tl.exp2(scores * scale - higher[:, None])
         shrink = tl.exp2(top - higher)
@@ -87,11 +91,11 @@ def forward_kernel(q_desc, k_desc, v_desc, o_desc, lse_ptr, lower_ptr, lower_str
                    CAUSAL: tl.constexpr, LOWER: tl.constexpr):  # fmt: skip
     """One program: BLOCK_M queries of one head against all keys they see.
 
-    PAPER: "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", arXiv:2307.08691, 3.1-3.2.
+    PAPER: "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", arXiv:2307.08691, 3.2.
     PAPER CONTEXT: the outer loop over queries is parallel, the inner one over keys is the program's own.
     INTUITION: each worker keeps the own rows on the desk and has the keys carried past.
-    IMPLEMENTATION: tensor descriptors over (B, H, T, D) read whole tiles and fill zeros past the edges; the last, longest
-        rows start first; the log-sum-exp (natural) is all that the backward needs of the softmax.
+    IMPLEMENTATION: tensor descriptors over (B, H, T, D) read whole tiles and fill zeros past the edges; the last,
+        longest rows start first; the log-sum-exp (natural) is all that the backward needs of the softmax.
     WHY: long rows last would leave most of the chip idle at the end.
     """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # longest rows first
@@ -107,7 +111,7 @@ def forward_kernel(q_desc, k_desc, v_desc, o_desc, lse_ptr, lower_ptr, lower_str
     scale *= LOG2_E
     q = q_desc.load([b, head, first_row, 0]).reshape(BLOCK_M, BLOCK_D)
     acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-    top = tl.full((BLOCK_M,), NOTHING, tl.float32)
+    top = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     if LOWER:
         acc, top, total = attend(acc, top, total, q, k_desc, v_desc, b, head // GROUP, start, solid, rows, lower, T,

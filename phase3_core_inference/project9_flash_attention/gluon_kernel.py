@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 LOG2_E = gl.constexpr(1.4426950408889634)
-NOTHING = gl.constexpr(-1.0e30)
+HIDDEN = gl.constexpr(float("-inf"))  # the score of a key that is not seen; every row sees a key of its first tile
 
 
 @gluon.jit
@@ -66,7 +66,7 @@ def consumer(o_desc, lse_ptr, q_tiles, k_tiles, v_tiles, q_ready, k_ready, k_emp
     seen = keys[None, :] < T
     if CAUSAL:
         seen = seen & (keys[None, :] <= rows[:, None])
-    s = gl.where(seen, s, NOTHING)
+    s = gl.where(seen, s, HIDDEN)
     top = gl.max(s, 1) * scale
     p = gl.exp2(s * scale - top[:, None])
     total = gl.sum(p, 1)

@@ -3,9 +3,9 @@ Tiled attention
 
 This file implements exact attention without the matrix of scores, in plain PyTorch, following:
 - "Online normalizer calculation for softmax" (Milakov & Gimelshein, 2018) - the softmax in one pass
-- "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness" (Dao et al., 2022) - tiles, and a backward
-  that computes the probabilities anew
-- "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning" (Dao, 2023) - the order of the loops
+- "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness" (Dao et al., 2022) - tiles, and a
+  backward that computes the probabilities anew
+- "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning" (Dao, 2023) - the loops' order
 
 Each component is explained with paper references for educational purposes.
 """

@@ -24,24 +24,24 @@ class Tile(NamedTuple):
     stages: int
 
 
-# kind of kernel -> width of a head (a power of two) -> candidates, best on an H100 first; small ones for small GPUs last
+# kind of kernel -> width of a head -> candidates, best on an H100 first, small ones for small GPUs last
 CANDIDATES = {
     "forward": {
         32: [Tile(128, 64, 4, 3), Tile(64, 64, 4, 3)],
         64: [Tile(64, 64, 4, 3), Tile(128, 64, 4, 4), Tile(128, 128, 8, 3)],
-        128: [Tile(128, 64, 4, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 32, 4, 2)],
+        128: [Tile(128, 64, 4, 2), Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 32, 4, 2)],
         256: [Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 16, 4, 2)],
     },
     "keys": {
         32: [Tile(64, 64, 4, 3), Tile(64, 128, 8, 2)],
-        64: [Tile(64, 64, 4, 3), Tile(64, 128, 8, 2), Tile(32, 64, 4, 2)],
+        64: [Tile(32, 64, 4, 2), Tile(64, 64, 4, 3), Tile(64, 128, 8, 2)],
         128: [Tile(64, 64, 4, 2), Tile(64, 128, 8, 2), Tile(32, 64, 4, 1)],
         256: [Tile(32, 64, 8, 1), Tile(16, 64, 8, 1)],
     },
     "queries": {
         32: [Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)],
-        64: [Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 32, 4, 2)],
-        128: [Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 32, 4, 1)],
+        64: [Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)],
+        128: [Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 1)],
         256: [Tile(64, 32, 8, 2), Tile(64, 16, 4, 1)],
     },
 }
