@@ -23,6 +23,7 @@ GROUPS = {
         "chunked_loss": "phase1_foundation.project3_pretrain.head:use_chunked_loss",
         "fused_loss": "phase1_foundation.project3_pretrain.fused_loss:use_fused_loss",
         "cudnn": "phase1_foundation.project3_pretrain.plans:use_cudnn_attention",
+        "flash": "phase3_core_inference.project9_flash_attention.flash_attention:use_flash_attention",
     },
     "architectures": {
         "transformer": "phase1_foundation.project3_pretrain.loading:build_transformer",
