@@ -16,7 +16,7 @@ DOCUMENTS: list[int] = []  # lengths of documents packed into the row; they must
 CAUSAL = True  # a query sees no key after it
 
 # == Memory ==
-LENGTHS: list[int] = [256, 512, 1024, 2048, 4096]  # rows whose memory is counted
+LENGTHS: list[int] = [256, 512, 1024, 2048]  # rows whose memory is counted
 HEADS = 2  # query heads of these rows
 HEAD_SIZE = 64  # of each head
 TILE = 128  # queries and keys of a tile of these rows

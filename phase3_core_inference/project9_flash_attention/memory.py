@@ -65,7 +65,7 @@ class PeakMemory(TorchDispatchMode):
         for x in tree_leaves(result):
             if torch.is_tensor(x) and id(x.untyped_storage()) not in inside:  # a view of an input is nothing new
                 self._alive[x.untyped_storage()] = x.untyped_storage().nbytes()
-        self.peak = max(self.peak, sum(self._alive.values()))
+                self.peak = max(self.peak, sum(self._alive.values()))
         return result
 
 

@@ -1,5 +1,6 @@
 """Show what tiled attention does: which tiles it visits, how its softmax grows, and what memory it needs."""
 
+import functools
 import sys
 from pathlib import Path
 
@@ -78,17 +79,14 @@ def compare(s):
         leaves = [x.clone().requires_grad_() for x in inputs]
         out = kernel(*leaves, **options, **tile)
         results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
-    gaps = [float((a - b).abs().max()) for a, b in zip(*results)]
+    gaps = [float((a - b).detach().abs().max()) for a, b in zip(*results)]
     named = ", ".join(f"{name} {gap:.1e}" for name, gap in zip(("o", "dq", "dk", "dv"), gaps))
     print(f"largest differences of tiled from plain attention, float64: {named}\n")
 
 
 def count_memory(s):
     """Peak bytes of both, by the length of the row; returns the plot that was written."""
-    kernels = {
-        "plain": plain_attention,
-        "tiled": lambda *x, scale: tiled_attention(*x, scale=scale, m=s.TILE, n=s.TILE),
-    }
+    kernels = {"plain": plain_attention, "tiled": functools.partial(tiled_attention, m=s.TILE, n=s.TILE)}
     lines = {f"{name}, {way}": [] for name in kernels for way in ("forward", "forward and backward")}
     print(f"peak memory in MiB, {s.HEADS} heads of {s.HEAD_SIZE}, float32, tiles of {s.TILE} x {s.TILE}")
     print("      T  " + "  ".join(f"{name:>27}" for name in lines))
