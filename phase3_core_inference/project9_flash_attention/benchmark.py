@@ -9,6 +9,7 @@ training step of GPT-2 124M, also with heads of 128, by kernel. Kernels are time
 launches in one CUDA graph, in turn with their peers.
 """
 
+import dataclasses
 import functools
 import os
 import statistics
@@ -28,7 +29,7 @@ from common.run import Run
 from phase1_foundation.project3_pretrain.fused_loss import use_fused_loss
 from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
 from phase1_foundation.project3_pretrain.optimizers import build_optimizer
-from phase1_foundation.project3_pretrain.plans import prefer, sdpa
+from phase1_foundation.project3_pretrain.plans import Causal, prefer, sdpa
 from phase1_foundation.project3_pretrain.trainer import NextToken, Step
 from phase3_core_inference.project9_flash_attention import benchmark_config, gluon_attention
 from phase3_core_inference.project9_flash_attention.decoding import flash_decode
@@ -397,7 +398,9 @@ def _step_of(config, kernel, rows, device):
     model = use_fused_loss(Transformer(config)).to(device).use_attention(kernel)
     for block in model.blocks:
         block.forward = functools.partial(_as_layer_0, torch.compile(block.forward))
-    step = Step(model, NextToken(), build_optimizer(model, "adamw", 1e-4, 0.1), 1.0, torch.bfloat16)
+    spec = dataclasses.replace(model.specs[0])  # a copy, or the compiler would tell the layer that owns it apart
+    objective = NextToken(lambda model, tokens: Causal(tokens, [spec], kernel))
+    step = Step(model, objective, build_optimizer(model, "adamw", 1e-4, 0.1), 1.0, torch.bfloat16)
     batch = tuple(torch.randint(0, config.vocab_size, (2, rows, config.block_size)))
 
     def take():
