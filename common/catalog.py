@@ -25,6 +25,7 @@ GROUPS = {
         "fused_loss": "phase1_foundation.project3_pretrain.fused_loss:use_fused_loss",
         "cudnn": "phase1_foundation.project3_pretrain.plans:use_cudnn_attention",
         "fp8": "phase3_core_inference.project7_mixed_precision.float8:convert_to_float8",
+        "flash": "phase3_core_inference.project9_flash_attention.flash_attention:use_flash_attention",
     },
     # optimizer steps (trainer.Step and what stands in for it) by the precision that DTYPE names
     "steps": {

@@ -1,8 +1,8 @@
 """Triton kernels with a safety net: every kernel has a reference that defines what it computes.
 
-`op` registers a kernel as a PyTorch operator: ``torch.compile`` sees through it (`triton_op`), fake tensors get their
-shapes from the reference, and a CPU runs the reference, so a model that uses it works everywhere. `fuzz` holds any
-implementation against its reference in float64, over as many drawn shapes as asked.
+`op` registers a kernel as a PyTorch operator: ``torch.compile`` sees through it (`triton_op`) or calls it as it
+stands (`opaque`), fake tensors get their shapes from the reference, and a CPU runs the reference, so a model that uses
+it works everywhere. `fuzz` holds any implementation against its reference in float64, over as many drawn shapes as asked.
 """
 
 import copy
@@ -17,7 +17,7 @@ def interpreting():
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def op(name, reference, mutates=()):
+def op(name, reference, mutates=(), fake=None, opaque=False):
     """Decorate the launcher of a Triton kernel and make it an operator ``roadmap::name``.
 
     The launcher's arguments and result need type annotations, from which PyTorch reads the schema. Inside it, a
@@ -27,6 +27,9 @@ def op(name, reference, mutates=()):
         name: unique within the roadmap.
         reference: plain PyTorch with the same signature; runs on devices without Triton, and says the shapes.
         mutates: names of the arguments that the kernel writes into.
+        fake: gives empty tensors shaped like the result; by default the reference, which may do too much for that.
+        opaque: the compiler calls the launcher instead of tracing it, for what it cannot trace: tensor descriptors made
+            on the host, Gluon, choices by measuring.
 
     Returns:
         The operator; ``.reference`` holds `reference`.
@@ -39,8 +42,9 @@ def op(name, reference, mutates=()):
             on_gpu = any(torch.is_tensor(argument) and argument.is_cuda for argument in arguments)
             return (launcher if on_gpu or interpreting() else reference)(*arguments)
 
-        operator = torch.library.triton_op(f"roadmap::{name}", implementation, mutates_args=mutates)
-        operator.register_fake(reference)
+        make = torch.library.custom_op if opaque else torch.library.triton_op
+        operator = make(f"roadmap::{name}", implementation, mutates_args=mutates)
+        operator.register_fake(fake or reference)
         operator.reference = reference
         return operator
 

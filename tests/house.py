@@ -63,6 +63,11 @@ def kind_of(path):
     return "script" if functions_of(tree, "main") and has_main_guard(tree) else "implementation"
 
 
+def is_kernel(path):
+    """True for a file of Triton or Gluon kernels: it imports Triton at its top, and is itself imported in functions."""
+    return Path(path).stem.endswith(("_kernel", "_kernels"))
+
+
 def files_of_kind(folder, *kinds):
     """The Python files of a project of the given kinds."""
     return [path for path in python_files(folder) if kind_of(path) in kinds]

@@ -21,6 +21,7 @@ from tests.house import (
     files_of_kind,
     functions_of,
     has_main_guard,
+    is_kernel,
     kind_of,
     module_of,
     name_of,
@@ -233,6 +234,8 @@ def test_components_have_the_five_sections(path):
 
 @each([path for path in PRODUCT if kind_of(path) in ("implementation", "script") or path.parent.name == "common"])
 def test_examples_in_docstrings_run(path):
+    if is_kernel(path):
+        pytest.importorskip("triton")
     failed, _ = doctest.testmod(module_of(path))
     assert failed == 0, f"{failed} examples of {name_of(path)} fail (see above)"
 

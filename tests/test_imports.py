@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.house import PROJECTS, PYPROJECT, ROOT, kind_of, name_of, number_of, python_files
+from tests.house import PROJECTS, PYPROJECT, ROOT, is_kernel, kind_of, name_of, number_of, python_files
 
 CONTRACT = PYPROJECT["tool"]["importlinter"]
 PHASES = sorted({folder.parent for folder in PROJECTS}, key=lambda folder: int(re.findall(r"\d+", folder.name)[0]))
@@ -78,7 +78,7 @@ for name in {modules}:
 
 
 def test_everything_imports_silently_on_the_small_install(tmp_path):
-    files = [path for path in FILES if kind_of(path) != "test"]
+    files = [path for path in FILES if kind_of(path) != "test" and not is_kernel(path)]
     modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
     program = IMPORT_ALL.format(blocked=OPTIONAL, modules=modules)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLCONFIGDIR": str(tmp_path)}
@@ -107,9 +107,17 @@ def imported_at_the_top(tree):
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_a_file_imports_everywhere(path):
     top = set(imported_at_the_top(ast.parse(path.read_text(encoding="utf-8"))))
-    assert not top & (POSIX_ONLY | {"triton"}), (
-        f"{name_of(path)}: import {top & (POSIX_ONLY | {'triton'})} in a function"
-    )
+    refused = POSIX_ONLY if is_kernel(path) else POSIX_ONLY | {"triton"}
+    assert not top & refused, f"{name_of(path)}: import {top & refused} in a function"
+
+
+def test_nothing_but_kernels_imports_kernels_at_its_top():
+    for path in FILES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom) and not is_kernel(path):
+                for target in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):
+                    module = ROOT / (target.replace(".", "/") + ".py")
+                    assert not is_kernel(module), f"{name_of(path)}: import {target} in a function: it needs Triton"
 
 
 def opens_text_without_encoding(call):
