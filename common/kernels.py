@@ -2,7 +2,8 @@
 
 `op` registers a kernel as a PyTorch operator: ``torch.compile`` sees through it (`triton_op`) or calls it as it
 stands (`opaque`), fake tensors get their shapes from the reference, and a CPU runs the reference, so a model that uses
-it works everywhere. `fuzz` holds any implementation against its reference in float64, over as many drawn shapes as asked.
+it works everywhere. `fuzz` holds any implementation against its reference in float64, over as many drawn shapes as
+asked.
 """
 
 import copy
