@@ -117,7 +117,9 @@ def test_nothing_but_kernels_imports_kernels_at_its_top():
             if isinstance(node, ast.ImportFrom) and not is_kernel(path):
                 for target in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):
                     module = ROOT / (target.replace(".", "/") + ".py")
-                    assert not is_kernel(module), f"{name_of(path)}: import {target} in a function: it needs Triton"
+                    assert not (module in FILES and is_kernel(module)), (
+                        f"{name_of(path)}: import {target} in a function: it needs Triton"
+                    )
 
 
 def opens_text_without_encoding(call):

@@ -118,7 +118,7 @@ def test_decoding(heads, kv_heads, D, window):
     k[1, 17:] = v[1, 17:] = float("nan")  # what lies behind the end of a row may be anything
     clean = (x.nan_to_num().double() for x in (k, v))
     exact = decode_reference(q.double(), *clean, lengths, 0.3, window, 1)
-    for splits in (None, 3, 50):  # with 50 most parts hold no key
+    for splits in (None, 7):  # of 7 most parts hold no key
         ours = flash_decode(q, k, v, lengths, 0.3, window, splits)
         assert relative_error(ours, exact) < 1e-6 and not ours[2].any()
 
@@ -137,8 +137,8 @@ def test_hidden_scores_weigh_nothing_under_a_fused_multiply_add(D):
     scale = float(torch.tensor(D**-0.5 * math.log2(math.e), dtype=torch.float32))
     hidden, lowest = (float(torch.tensor(x.value, dtype=torch.float32)) for x in (code.HIDDEN, code.LOWEST))
     higher = float(torch.maximum(torch.tensor(lowest), torch.tensor(hidden) * scale))
-    assert 2.0 ** fused(hidden, scale, higher) == 0.0 and 2.0 ** (lowest - higher) == 1.0
-    assert math.isfinite(lowest) and 2.0 ** (lowest - 0.0) == 0.0
+    assert torch.tensor(fused(hidden, scale, higher)).exp2() == 0.0
+    assert math.isfinite(lowest) and torch.tensor(lowest).exp2() == 0.0  # a hidden tile leaves nothing behind
 
 
 def test_why_hidden_scores_are_not_finite():
@@ -151,7 +151,7 @@ def test_why_hidden_scores_are_not_finite():
 
 @pytest.mark.skipif(kernels.interpreting(), reason="this is that process")
 def test_all_of_this_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )
