@@ -67,6 +67,53 @@ def measure(functions, repeats=5, warmup=1, device="cpu", before=None):
     return {name: Timing(statistics.median(t), min(t), max(t), len(t)) for name, t in times.items()}
 
 
+def measure_recorded(functions, repeats=5, calls=8, before=None, device="cuda"):
+    """Time functions on a GPU's own clock, in turn: launching from Python then costs nothing, however short they are.
+
+    Args:
+        functions: name -> function without arguments that can be recorded into a CUDA graph (`common.graphs`). An
+            autograd backward must have its forward inside, or have it run at the first call, on the graph's stream.
+        repeats: counted rounds.
+        calls: of a function in one graph.
+        before: called before each timed replay (to flush a cache, say).
+        device: elsewhere than on a GPU this is `measure`.
+
+    Returns:
+        name -> `Timing` of one call, in seconds.
+    """
+    if torch.device(device).type != "cuda":
+        return measure(functions, repeats, 1, device, before)
+    graphs = {name: _recorded(function, calls) for name, function in functions.items()}
+    times = {name: [] for name in graphs}
+    for round_number in range(1 + repeats):
+        for name, graph in graphs.items():
+            if before:
+                before()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            if round_number:
+                times[name].append(start.elapsed_time(end) / 1e3 / calls)
+    return {name: Timing(statistics.median(t), min(t), max(t), len(t)) for name, t in times.items()}
+
+
+def _recorded(function, calls):
+    """So many calls in one CUDA graph, compiled and tuned before, on the graph's stream."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(calls):
+            function()
+    return graph
+
+
 class Report:
     """The result of one project's benchmark on one device.
 

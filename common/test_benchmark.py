@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common import benchmark
-from common.benchmark import END, START, Report, measure
+from common.benchmark import END, START, Report, measure, measure_recorded
 
 
 def test_measure_interleaves_so_that_drift_hits_all_alike():
@@ -24,6 +24,21 @@ def test_measure_counts_the_repeats_alone_and_reports_their_median(monkeypatch):
     timing = measure({"A": lambda: now.append(now.pop() + next(takes))}, repeats=3, warmup=1)["A"]
     assert (timing.median, timing.low, timing.high, timing.n) == (2, 1, 3, 3)
     assert timing.rate(6) == (3, 2, 6)
+
+
+def test_what_would_be_recorded_on_a_gpu_is_measured_in_turn_elsewhere():
+    calls = []
+    functions = {name: lambda name=name: calls.append(name) for name in "AB"}
+    timings = measure_recorded(functions, repeats=2, before=lambda: calls.append("-"), device="cpu")
+    assert "".join(calls) == "-A-B" * 3
+    assert {t.n for t in timings.values()} == {2}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_recorded_call_takes_as_long_as_one_of_many():
+    x = torch.randn(2048, 2048, device="cuda")
+    timings = measure_recorded({"one": lambda: x @ x, "two": lambda: x @ x @ x})
+    assert 1.5 < timings["two"].median / timings["one"].median < 2.5
 
 
 @pytest.fixture

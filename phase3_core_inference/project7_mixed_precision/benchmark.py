@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from common import CHECKPOINTS, ROOT, graphs
-from common.benchmark import Report, measure
+from common.benchmark import Report, measure, measure_recorded
 from common.device import peak_flops
 from common.kernels import relative_error
 from common.plots import curves
@@ -138,7 +138,6 @@ def check(report, s, device, _):
 def products(report, s, device, _):
     """Forward and both backward products of single layers: TFLOP/s, without the casts and with them."""
     real = has_float8(device)
-    inner = 20 if real else 1
     kind = "bfloat16" if real else "float32"
     roof = None
     if real:
@@ -148,22 +147,22 @@ def products(report, s, device, _):
                    limit_name="datasheet")  # fmt: skip
     limit = {"limit": 2 * roof / 1e12, "limit_name": "twice this run's bf16"} if roof else {}
     for n_in, n_out, tokens in LAYERS["cuda" if real else "cpu"]:
-        work, name = 6 * n_in * n_out * tokens * inner / 1e12, f"{n_in} -> {n_out}, {tokens} tokens"
-        bare = {kind: plain_products(n_in, n_out, tokens, device, inner)}
+        work, name = 6 * n_in * n_out * tokens / 1e12, f"{n_in} -> {n_out}, {tokens} tokens"
+        bare = {kind: plain_products(n_in, n_out, tokens, device)}
         for scaling in ("tensor", "row"):
-            bare[scaling] = float8_products(n_in, n_out, tokens, device, inner, scaling)
-        timings = measure(bare, s.REPEATS, 2, device)
+            bare[scaling] = float8_products(n_in, n_out, tokens, device, scaling)
+        timings = measure_recorded(bare, s.REPEATS, 20, device=device)
         for scaling in ("tensor", "row"):
             rate = timings[scaling].rate(work)
             report.row(f"{name}: products alone, a scale a {scaling}", rate[0], "TFLOP/s", spread=rate[1:],
                        peer=work / timings[kind].median, peer_name=kind, **limit,
                        note="y, dx and dW; operands cast before" if real else "emulated: no speed")  # fmt: skip
-        layer_rows(report, s, device, (n_in, n_out, tokens, inner), name, kind, limit)
+        layer_rows(report, s, device, (n_in, n_out, tokens), name, kind, limit)
 
 
 def layer_rows(report, s, device, sizes, name, kind, limit):
     """Whole layers, forward and backward, with all casts, compiled: ours in turn with the plain one and torchao's."""
-    n_in, n_out, tokens, inner = sizes
+    n_in, n_out, tokens = sizes
     plain = nn.Linear(n_in, n_out, bias=False, device=device)
     layers = {kind: plain, "tensor": Float8Linear.of(plain, "tensor"), "row": Float8Linear.of(plain, "row")}
     wrapped = with_torchao(nn.Sequential(copy.deepcopy(plain))) if has_float8(device) else None
@@ -173,10 +172,9 @@ def layer_rows(report, s, device, sizes, name, kind, limit):
     x = torch.randn(tokens, n_in, device=device, dtype=dtype, requires_grad=True)
     grad = torch.randn(tokens, n_out, device=device, dtype=dtype)
 
-    timings = measure(
-        {key: layer_products(layer, x, grad, inner) for key, layer in layers.items()}, s.REPEATS, 3, device
-    )
-    work = 6 * n_in * n_out * tokens * inner / 1e12
+    timed = {key: layer_products(layer, x, grad) for key, layer in layers.items()}
+    timings = measure_recorded(timed, s.REPEATS, 20, device=device)
+    work = 6 * n_in * n_out * tokens / 1e12
     for scaling in ("tensor", "row"):
         rate = timings[scaling].rate(work)
         for peer in [kind, *(["torchao"] if "torchao" in layers else [])]:

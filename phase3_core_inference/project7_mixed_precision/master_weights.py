@@ -54,6 +54,7 @@ class MasterStep(Step):
             group["params"] = [twins.get(id(p), p) for p in group["params"]]
         for parameter in self.lowered:
             parameter.data = parameter.data.to(dtype)
+            parameter.grad = None  # of an earlier step, in another type
 
     def backpropagate(self, loss):
         """The gradient of one micro batch, in 16 bits; added to the masters' in 32."""

@@ -24,14 +24,14 @@ def has_float8(device):
     return product_for(device) is not emulated_product
 
 
-def plain_products(n_in, n_out, tokens, device, inner):
+def plain_products(n_in, n_out, tokens, device):
     """y, dx and dW of one layer in bfloat16 (float32 on a CPU)."""
     dtype = torch.bfloat16 if has_float8(device) else torch.float32
     x, w, g = (torch.randn(*n, device=device, dtype=dtype) for n in ((tokens, n_in), (n_out, n_in), (tokens, n_out)))
-    return lambda: [(x @ w.T, g @ w, g.T @ x) for _ in range(inner)]
+    return lambda: (x @ w.T, g @ w, g.T @ x)
 
 
-def float8_products(n_in, n_out, tokens, device, inner, scaling):
+def float8_products(n_in, n_out, tokens, device, scaling):
     """
     The three products of a layer in float8, of operands that were cast before
 
@@ -41,7 +41,7 @@ def float8_products(n_in, n_out, tokens, device, inner, scaling):
     IMPLEMENTATION: every operand lies as the tensor cores read it; scales along what is summed over, as in float8.py.
     WHY: the difference to a whole layer is the price of the casts, and both are reported.
 
-    Returns a function that computes them `inner` times.
+    Returns a function that computes them.
     """
     along = (lambda dim: dim) if scaling == "row" else (lambda dim: None)
     backward = E4M3 if scaling == "row" else E5M2
@@ -56,23 +56,21 @@ def float8_products(n_in, n_out, tokens, device, inner, scaling):
     multiply, dtype = product_for(device), torch.bfloat16
 
     def run():
-        for _ in range(inner):
-            multiply(x8, w8.t(), of_x, of_w.t() if of_w.ndim else of_w, dtype, True)
-            multiply(g8, wc, of_g, of_wc, dtype, False)
-            multiply(gt, xc, of_gc.t() if of_gc.ndim else of_gc, of_xc, dtype, False)
+        multiply(x8, w8.t(), of_x, of_w.t() if of_w.ndim else of_w, dtype, True)
+        multiply(g8, wc, of_g, of_wc, dtype, False)
+        multiply(gt, xc, of_gc.t() if of_gc.ndim else of_gc, of_xc, dtype, False)
 
     return run
 
 
-def layer_products(layer, x, grad, inner):
+def layer_products(layer, x, grad):
     """The same by a layer as it trains, casts and all; compiled where float8 runs on the hardware."""
     real = has_float8(x.device)
     call = torch.compile(layer, fullgraph=True) if real else layer
 
     def run():
-        for _ in range(inner):
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=real):
-                y = call(x)
-            torch.autograd.grad(y, [x, *layer.parameters()], grad)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=real):
+            y = call(x)
+        torch.autograd.grad(y, [x, *layer.parameters()], grad)
 
     return run

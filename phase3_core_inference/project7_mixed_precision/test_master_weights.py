@@ -124,6 +124,13 @@ def test_a_block_that_stands_in_the_stack_twice_has_one_master():
     assert all(torch.equal(weights[name], weights[name.replace("blocks.0", "blocks.1")]) for name in names)
 
 
+def test_what_an_earlier_step_left_does_not_stay_in_another_type():
+    model = model_of()
+    take(step_of(Step, model))
+    MasterStep(model, NextToken(), build_optimizer(model, "adamw", 1e-3, 0.1))
+    assert all(p.grad is None or p.grad.dtype == p.dtype for p in model.parameters())
+
+
 def test_frozen_weights_stay_as_they_are():
     model = model_of()
     model.embed.requires_grad_(False)

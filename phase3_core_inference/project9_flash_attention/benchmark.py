@@ -12,7 +12,6 @@ launches in one CUDA graph, in turn with their peers.
 import dataclasses
 import functools
 import os
-import statistics
 import subprocess
 import sys
 import traceback
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from common import ROOT
-from common.benchmark import Report, Timing, measure
+from common.benchmark import Report, measure, measure_recorded
 from common.device import peak_flops
 from common.kernels import relative_error
 from common.plots import curves
@@ -96,41 +95,6 @@ def ours():
     return kernels
 
 
-# -- the clock
-
-
-def recorded(function, calls):
-    """`calls` launches of a function in one CUDA graph; what it runs before is on the graph's stream, too."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for _ in range(calls):
-            function()
-    return graph
-
-
-def time_graphs(functions, repeats, calls=8, before=lambda: None):
-    """Seconds of one call on the GPU's clock, in turn: name -> Timing."""
-    graphs = {name: recorded(function, calls) for name, function in functions.items()}
-    times = {name: [] for name in graphs}
-    for round_number in range(repeats + 1):
-        for name, graph in graphs.items():
-            before()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            if round_number:
-                times[name].append(start.elapsed_time(end) / 1e3 / calls)
-    return {name: Timing(statistics.median(t), min(t), max(t), len(t)) for name, t in times.items()}
-
-
 # -- attention
 
 
@@ -141,7 +105,7 @@ def measure_attention(report, s, device):
         report.skip("TFLOP/s of the kernels", "need a GPU")
         return
     a, b = torch.randn(2, 8192, 8192, device=device, dtype=torch.bfloat16)
-    roof = 2 * 8192**3 / time_graphs({"product": lambda: a @ b}, s.REPEATS)["product"].median / 1e12
+    roof = 2 * 8192**3 / measure_recorded({"product": lambda: a @ b}, s.REPEATS)["product"].median / 1e12
     report.row("bf16 product, 8192 x 8192 x 8192", roof, "TFLOP/s", limit=peak_flops(device) / 1e12,
                limit_name="datasheet")  # fmt: skip
     kernels, speeds = ours(), {}
@@ -204,8 +168,8 @@ def measure_length(report, s, kernels, D, T, roof, device):
     flops = 4 * s.TOKENS * T * 2048 / 2 / 1e12  # causal
     everyone = kernels | {name: prefer(backend) for name, backend in PEERS.items()}
     with torch.no_grad():
-        forward = time_graphs({name: lambda kernel=kernel: kernel(*inputs, scale=D**-0.5) for name, kernel in everyone.items()}, s.REPEATS)  # fmt: skip  # noqa: E501
-    backward = time_graphs({name: backward_of(kernel, inputs, D**-0.5) for name, kernel in everyone.items() if name != "Gluon"}, s.REPEATS, 4)  # fmt: skip  # noqa: E501
+        forward = measure_recorded({name: lambda kernel=kernel: kernel(*inputs, scale=D**-0.5) for name, kernel in everyone.items()}, s.REPEATS)  # fmt: skip  # noqa: E501
+    backward = measure_recorded({name: backward_of(kernel, inputs, D**-0.5) for name, kernel in everyone.items() if name != "Gluon"}, s.REPEATS, 4)  # fmt: skip  # noqa: E501
     speeds = {"forward": {name: flops / t.median for name, t in forward.items()},
               "backward": {name: 2.5 * flops / t.median for name, t in backward.items()}}  # fmt: skip
     for way, name, peer in (("forward", "Triton", "SDPA flash"), ("forward", "Triton", "cuDNN"),
@@ -246,7 +210,7 @@ def measure_turns(report, s, D, device):
 
         graphs["turns" if schedule.ping_pong else "free"] = run
     with torch.no_grad():
-        timings = time_graphs(graphs, s.REPEATS)
+        timings = measure_recorded(graphs, s.REPEATS)
     gluon_attention.SCHEDULES[D] = chosen
     report.row(f"D={D}, T={T:,}: Gluon forward, consumers taking turns (ping-pong) or not",
                flops / timings["turns"].median, "TFLOP/s", spread=timings["turns"].rate(flops)[1:],
@@ -264,7 +228,7 @@ def measure_masks(report, s, device):
             out = kernel(*inputs, scale=D**-0.5, **options)
             torch.autograd.grad(out, inputs, torch.ones_like(out))
 
-        timings = time_graphs({"ours": lambda b=both: b(flash_attention), "sdpa": lambda b=both: b(sdpa),
+        timings = measure_recorded({"ours": lambda b=both: b(flash_attention), "sdpa": lambda b=both: b(sdpa),
                                "whole": lambda: both(flash_attention, {})}, s.REPEATS, 2)  # fmt: skip
         ms = {key: timing.median * 1e3 for key, timing in timings.items()}
         report.row(f"D={D}, T={T:,}: forward and backward with {name}", ms["ours"], "ms", peer=ms["sdpa"],
@@ -309,7 +273,7 @@ def measure_decode(report, s, device):
                      "SDPA flash": lambda k=k, v=v, q=q: sdpa_decode(q, k, v, "flash"),
                      "cuDNN": lambda k=k, v=v, q=q: sdpa_decode(q, k, v, "cudnn"),
                      "read": lambda whole=whole: whole.sum(), "nothing": lambda: counter.add_(1)}  # fmt: skip
-        timings = time_graphs(functions, 3 * s.REPEATS, calls=1, before=flush.zero_)
+        timings = measure_recorded(functions, 3 * s.REPEATS, calls=1, before=flush.zero_)
         size = (k.nbytes + v.nbytes) / 1e12
         for peer in PEERS:
             report.row(f"decoding, batch 1, {s.CONTEXT:,} keys, {kv_heads} key heads, against {peer}",
