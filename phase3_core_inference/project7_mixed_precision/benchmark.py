@@ -32,17 +32,15 @@ from phase1_foundation.project3_pretrain.fused_loss import use_fused_loss
 from phase1_foundation.project3_pretrain.hooks import read_metrics
 from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
 from phase1_foundation.project3_pretrain.optimizers import build_optimizer
-from phase1_foundation.project3_pretrain.plans import Causal, use_cudnn_attention
+from phase1_foundation.project3_pretrain.plans import use_cudnn_attention
 from phase1_foundation.project3_pretrain.trainer import NextToken, Step
 from phase3_core_inference.project7_mixed_precision import benchmark_config
 from phase3_core_inference.project7_mixed_precision.float8 import (
     Float8Linear,
-    convert_to_float8,
     emulated_product,
     product_for,
 )
 from phase3_core_inference.project7_mixed_precision.float8_inference import store_float8
-from phase3_core_inference.project7_mixed_precision.loss_scaling import ScaledStep
 from phase3_core_inference.project7_mixed_precision.master_weights import MasterStep
 from phase3_core_inference.project7_mixed_precision.product_rates import (
     float8_products,
@@ -50,6 +48,7 @@ from phase3_core_inference.project7_mixed_precision.product_rates import (
     layer_products,
     plain_products,
 )
+from phase3_core_inference.project7_mixed_precision.step_rivals import Uniform, rivals_of, with_torchao
 
 TRAIN = ROOT / "phase1_foundation" / "project3_pretrain" / "train_pretrain.py"
 TINY_LLAMA = PRESETS["llama-7b"](n_layer=22, n_embd=2048, n_kv_head=4, n_ff=5632, block_size=1024)
@@ -93,15 +92,6 @@ def forget():
     torch._dynamo.reset()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def with_torchao(layers):
-    """The same with torchao's float8 layers, one scale a tensor; None where it is not installed."""
-    try:
-        from torchao.float8 import convert_to_float8_training
-    except ImportError:
-        return None
-    return convert_to_float8_training(layers)
 
 
 # -- checks
@@ -173,6 +163,11 @@ def layer_rows(report, s, device, sizes, name, kind, limit):
     grad = torch.randn(tokens, n_out, device=device, dtype=dtype)
 
     timed = {key: layer_products(layer, x, grad) for key, layer in layers.items()}
+    exact, *others = (run() for run in timed.values())
+    for key, found in zip(list(timed)[1:], others):
+        errors = [relative_error(a, b) for a, b in zip(found, exact)]
+        report.check(f"{name}: y, dx and dW of the timed layer, {key}", max(errors) < 0.1,
+                     ", ".join(f"{e:.1%}" for e in errors))  # fmt: skip
     timings = measure_recorded(timed, s.REPEATS, 20, device=device)
     work = 6 * n_in * n_out * tokens / 1e12
     for scaling in ("tensor", "row"):
@@ -188,63 +183,6 @@ def layer_rows(report, s, device, sizes, name, kind, limit):
 # -- training steps
 
 
-class _Uniform(Causal):
-    """The plan of whole rows for a model whose layers are all alike: blocks are then compiled once for all of them."""
-
-    def attend(self, layer, q, k, v):
-        """Attend within each row."""
-        return super().attend(0, q, k, v)
-
-
-class _TorchScaledStep(Step):
-    """The step with `torch.amp.GradScaler`, as its documentation says."""
-
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self.scaler = torch.amp.GradScaler(self.device.type)
-
-    def backpropagate(self, loss):
-        """Add the gradient of the scaled loss."""
-        self.scaler.scale(loss).backward()
-
-    def update(self, lr_scale):
-        """Unscale, clip, step, update."""
-        for optimizer in self.optimizer.optimizers:
-            self.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        for optimizer in self.optimizer.optimizers:
-            self.scaler.step(optimizer)
-        self.scaler.update()
-        return float(norm)
-
-
-def shared(model):
-    """A copy of a model with the same parameters, not with equal ones."""
-    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
-
-
-def rivals_of(model, device):
-    """Name -> (model, class of the step, autocast's dtype); all train the very same parameters."""
-    half = torch.bfloat16 if device.type == "cuda" else None
-    rivals = {
-        "float32": (model, Step, None),
-        "bfloat16": (shared(model), Step, half),
-        "float8, a scale a tensor": (convert_to_float8(shared(model), "tensor"), Step, half),
-        "float8, a scale a row": (convert_to_float8(shared(model), "row"), Step, half),
-    }
-    if device.type == "cuda":
-        halved = shared(model)
-        rivals["float16"] = (halved, ScaledStep, torch.float16)
-        rivals["float16, GradScaler"] = (halved, _TorchScaledStep, torch.float16)
-        theirs = shared(model)
-        if (blocks := with_torchao(theirs.blocks)) is not None:
-            theirs.blocks = blocks
-            rivals["torchao"] = (theirs, Step, half)
-    else:
-        del rivals["bfloat16"]
-    return rivals
-
-
 def steps(report, s, device, shape):
     """Whole training steps, AdamW and clipping included: tokens per second in turn, and peak memory."""
     config, rows, micros = SHAPES[shape]
@@ -258,16 +196,16 @@ def steps(report, s, device, shape):
     if shape == "1.1B":  # each costs a compilation
         rivals = {name: rival for name, rival in rivals.items() if "float16" not in name and name != "float32"}
     optimizer = build_optimizer(model, "adamw", 1e-4, 0.1)
-    objective = NextToken(lambda model, tokens: _Uniform(tokens, model.specs, model.kernel))
+    objective = NextToken(lambda model, tokens: Uniform(tokens, model.specs, model.kernel))
     if gpu:
         for one in {id(m): m for m, _, _ in rivals.values()}.values():
             for block in one.blocks:
                 block.compile(fullgraph=True)
     batches = [tuple(p) for p in torch.randint(0, config.vocab_size, (micros, 2, rows, config.block_size))]
     tokens = micros * rows * config.block_size
-    taken, memory = {}, {}
-    for name, (one, kind, dtype) in rivals.items():
-        taken[name] = stepping(kind(one, objective, optimizer, 1.0, dtype), batches, tokens)
+    takers = {name: kind(one, objective, optimizer, 1.0, dtype) for name, (one, kind, dtype) in rivals.items()}
+    check_gradients(report, shape, takers, batches, tokens, "bfloat16" if gpu else "float32")
+    taken, memory = {name: stepping(step, batches, tokens) for name, step in takers.items()}, {}
     if gpu:
         memory = {name: peak_of(step, device) for name, step in taken.items()}
     timings = measure(taken, s.REPEATS, 1, device)
@@ -275,6 +213,20 @@ def steps(report, s, device, shape):
     if shape == "124M":
         del rivals, taken
         master_row(report, s, device, model, objective, batches, tokens)
+
+
+def check_gradients(report, shape, takers, batches, tokens, base):
+    """The direction of each rival's gradient, as it is timed: what is fast and wrong shows here."""
+    found = {}
+    for name in sorted(takers, key=lambda name: name != base):  # the base first
+        takers[name].backward(batches, tokens)
+        gradient = torch.cat([p.grad.flatten() for p in takers[name].parameters])
+        for parameter in takers[name].parameters:
+            parameter.grad = None
+        found.setdefault("base", gradient)
+        cosine = float(nn.functional.cosine_similarity(gradient, found["base"], dim=0))
+        report.check(f"{shape}: the gradient in {name} points where that in {base} does", cosine > 0.95,
+                     f"cosine {cosine:.4f}")  # fmt: skip
 
 
 def stepping(step, batches, tokens):
@@ -372,7 +324,7 @@ def forwarding(model, tokens, gpu):
     """A function that runs a forward some times; on a GPU compiled and captured."""
 
     def forward(tokens):
-        return model(tokens, _Uniform(tokens, model.specs, model.kernel))
+        return model(tokens, Uniform(tokens, model.specs, model.kernel))
 
     if not gpu:
         return lambda: forward(tokens)

@@ -51,6 +51,12 @@ def to_float8(x: Tensor, dtype: torch.dtype, dim: int | None = None) -> tuple[Te
     return (wide * scale).clamp(-largest, largest).to(dtype), amax / largest
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, left out where it would do nothing: PyTorch 2.11 compiles an autograd.Function whose forward ends
+    in such a cast to one with gradients of zero, and says nothing."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def emulated_product(a: Tensor, b: Tensor, unscale_a: Tensor, unscale_b: Tensor, dtype: torch.dtype, fast: bool):
     """
     The product of float8 matrices, wherever there is no hardware for it
@@ -64,7 +70,7 @@ def emulated_product(a: Tensor, b: Tensor, unscale_a: Tensor, unscale_b: Tensor,
     a (M, K), b (K, N) -> (M, N) in `dtype`; `fast` changes nothing.
     """
     with torch.autocast(a.device.type, enabled=False):  # which would round the product before it is unscaled
-        return (a.float() @ b.float() * unscale_a * unscale_b).to(dtype)
+        return cast(a.float() @ b.float() * unscale_a * unscale_b, dtype)
 
 
 def column_major(x: Tensor) -> Tensor:
@@ -77,7 +83,8 @@ def hardware_product(a: Tensor, b: Tensor, unscale_a: Tensor, unscale_b: Tensor,
     rows = unscale_a.ndim > 0  # scales of rows come with bfloat16 results alone
     out_dtype = torch.bfloat16 if rows else dtype
     a, b = a.contiguous(), column_major(b)
-    return torch._scaled_mm(a, b, unscale_a, unscale_b, out_dtype=out_dtype, use_fast_accum=fast).to(dtype)
+    y = torch._scaled_mm(a, b, unscale_a, unscale_b, out_dtype=out_dtype, use_fast_accum=fast)
+    return cast(y, dtype)
 
 
 def product_for(device: torch.device) -> Product:

@@ -64,13 +64,16 @@ def float8_products(n_in, n_out, tokens, device, scaling):
 
 
 def layer_products(layer, x, grad):
-    """The same by a layer as it trains, casts and all; compiled where float8 runs on the hardware."""
+    """The same by a layer as it trains, casts and all; compiled where float8 runs on the hardware.
+
+    Returns a function that computes and returns y, dx and dW.
+    """
     real = has_float8(x.device)
     call = torch.compile(layer, fullgraph=True) if real else layer
 
     def run():
         with torch.autocast(x.device.type, torch.bfloat16, enabled=real):
             y = call(x)
-        torch.autograd.grad(y, [x, *layer.parameters()], grad)
+        return y, *torch.autograd.grad(y, [x, *layer.parameters()], grad)
 
     return run

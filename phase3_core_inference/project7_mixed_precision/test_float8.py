@@ -21,6 +21,7 @@ from phase3_core_inference.project7_mixed_precision.float8 import (
     Float8Linear,
     convert_to_float8,
     emulated_product,
+    hardware_product,
     product_for,
     to_float8,
 )
@@ -284,6 +285,20 @@ def test_the_compiler_sees_one_graph(scaling):
 def test_compiled_code_computes_the_same(scaling):
     for eager, compiled in compiled_and_not("inductor", scaling):
         assert relative_error(compiled, eager) < 0.05
+
+
+@pytest.mark.parametrize("product", [emulated_product, hardware_product])  # a CPU has the latter for one scale, too
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_layer_has_the_gradients_of_an_eager_one(product, dtype):
+    layer = Float8Linear.of(nn.Linear(32, 48, bias=False))
+    layer.product = product
+    x, upstream = torch.randn(16, 32, dtype=dtype, requires_grad=True), torch.randn(16, 48, dtype=dtype)
+    gradients = []
+    for call in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        gradients.append(torch.autograd.grad(call(x), [x, layer.weight], upstream))
+    for eager, compiled in zip(*gradients):
+        assert eager.norm() > 0
+        torch.testing.assert_close(compiled, eager)
 
 
 @pytest.mark.skipif(
