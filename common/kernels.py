@@ -8,6 +8,7 @@ asked.
 
 import copy
 import functools
+import importlib.util
 import os
 
 import torch
@@ -16,6 +17,12 @@ import torch
 def interpreting():
     """True when Triton runs its kernels on the CPU, in Python (``TRITON_INTERPRET=1``): slow, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def has_triton():
+    """Whether Triton is installed: on Linux it comes with PyTorch, on Windows and macOS it does not."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def op(name, reference, mutates=(), fake=None, opaque=False):
@@ -40,7 +47,7 @@ def op(name, reference, mutates=(), fake=None, opaque=False):
         @functools.wraps(launcher)
         def implementation(*arguments):
             # decided in here, since a compiler traces this body whatever the device
-            on_gpu = any(torch.is_tensor(argument) and argument.is_cuda for argument in arguments)
+            on_gpu = has_triton() and any(torch.is_tensor(argument) and argument.is_cuda for argument in arguments)
             return (launcher if on_gpu or interpreting() else reference)(*arguments)
 
         make = torch.library.custom_op if opaque else torch.library.triton_op

@@ -144,7 +144,7 @@ def check_values(report, kernels, D, device):
         exact = results.pop("float64")
         errors = {name: [relative_error(x, y) for x, y in zip(got, exact)] for name, got in results.items()}
         allowed = [1.5 * error for error in errors["sdpa"]]
-        for name in kernels:
+        for name in kernels if masks == "causal" else ["Triton"]:  # what has windows or documents is left to Triton
             report.check(f"D={D}, {masks}: {name} within 1.5 times the error of SDPA",
                          all(error <= most for error, most in zip(errors[name], allowed)),
                          "o, dq, dk, dv: " + ", ".join(f"{x:.1e} ({y:.1e})" for x, y in zip(errors[name], errors["sdpa"])))  # fmt: skip  # noqa: E501

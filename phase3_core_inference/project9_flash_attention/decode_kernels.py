@@ -17,7 +17,7 @@ from phase3_core_inference.project9_flash_attention.forward_kernel import HIDDEN
 
 @triton.jit
 def split_kernel(q_ptr, k_ptr, v_ptr, lengths_ptr, top_ptr, total_ptr, part_ptr, stride_qb, stride_qh, stride_kb,
-                 stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, D, V, window, scale, GROUP: tl.constexpr,
+                 stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, S, D, V, window, scale, GROUP: tl.constexpr,
                  BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
                  WINDOW: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """One program: the queries of one group against one part of the keys of one row.
@@ -31,7 +31,7 @@ def split_kernel(q_ptr, k_ptr, v_ptr, lengths_ptr, top_ptr, total_ptr, part_ptr,
     """
     split, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits, kv_heads = tl.num_programs(0), tl.num_programs(1)
-    length = tl.load(lengths_ptr + b)
+    length = tl.minimum(tl.load(lengths_ptr + b), S)  # the host does not know it, so it cannot refuse it
     first = 0
     if WINDOW:
         first = tl.maximum(length - window, 0)

@@ -60,7 +60,8 @@ def flash_decode_op(
     o = _shapes(q, k, v, lengths, scale, window, splits)
     group, width = H // Hkv, width_of(V)
     gpu_code().split_kernel[(splits, Hkv, B)](
-        q, k, v, lengths, top, total, parts, q.stride(0), q.stride(1), *k.stride()[:3], *v.stride()[:3], D, V,
+        q, k, v, lengths, top, total, parts, q.stride(0), q.stride(1), *k.stride()[:3], *v.stride()[:3],
+        k.shape[1], D, V,
         window or 0, scale, GROUP=group, BLOCK_G=width_of(group), BLOCK_N=BLOCK, BLOCK_D=width_of(D), BLOCK_V=width,
         WINDOW=window is not None, STAGES=3, num_warps=4,
     )  # fmt: skip
@@ -102,6 +103,11 @@ def flash_decode(
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: pass (B, H, D), (B, S, Hkv, D) and "
             f"(B, S, Hkv, Dv), H a multiple of Hkv"
+        )
+    if lengths.shape != q.shape[:1] or lengths.device != q.device or lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"lengths {tuple(lengths.shape)} ({lengths.dtype}, {lengths.device}): pass one whole number a row, "
+            f"({q.shape[0]},), on {q.device}"
         )
     if splits is None:
         splits = choose_splits(q.shape[0] * k.shape[2], k.shape[1], q.device)

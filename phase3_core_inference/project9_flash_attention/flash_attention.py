@@ -32,7 +32,7 @@ def gpu_code():
 def runs_on_kernels(x: Tensor) -> bool:
     """Whether the kernels take x: half precision on a GPU; in the interpreter all but bfloat16, which it gets wrong."""
     if x.is_cuda:
-        return x.dtype in (torch.bfloat16, torch.float16)
+        return kernels.has_triton() and x.dtype in (torch.bfloat16, torch.float16)
     return kernels.interpreting() and x.dtype in (torch.float16, torch.float32)
 
 
@@ -218,12 +218,18 @@ def flash_attention(
     return o.reshape(*q.shape[:-1], V)
 
 
-def use_flash_attention(model, gluon: bool = False):
-    """Give `model` FlashAttention, for training and for whole prompts; with `gluon` the forward made for Hopper GPUs.
+def use_flash_attention(model, gluon: bool = False, tune: bool = False):
+    """Give `model` FlashAttention, for training and for whole prompts.
+
+    Args:
+        gluon: the forward made for Hopper GPUs.
+        tune: measure tile sizes on this GPU when a head size and length is first met, instead of taking the table's.
 
     Raises:
         ValueError: `gluon` without a Hopper GPU or without a Triton that has Gluon for it.
     """
+    if tune:
+        tiles.tune_at_first_use()
     if not gluon:
         return model.use_attention(flash_attention)
     from phase3_core_inference.project9_flash_attention import gluon_attention  # it stands on this file

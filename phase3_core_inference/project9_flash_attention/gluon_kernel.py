@@ -73,7 +73,8 @@ def consumer(o_desc, lse_ptr, q_tiles, k_tiles, v_tiles, q_ready, k_ready, k_emp
     INTUITION: put the next pot on the stove before you season the last.
     IMPLEMENTATION: in turn i, S_i = Q K_i^T and O += P_(i-1) V_(i-1) run together; the softmax of S_i begins when the
         first is done. With PING_PONG a consumer starts its products only after the other has started its own.
-    WHY: exponentials have a hundredth of the throughput of products: whatever does not overlap them is lost.
+    WHY: an H100 has 256 times the throughput for products that it has for exponentials (section 3.1): whatever does not
+        overlap them is lost.
     """
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])

@@ -19,7 +19,7 @@ from torch import Tensor
 class OnlineSoftmax:
     """A softmax-weighted sum whose scores come in parts.
 
-    PAPER: "Online normalizer calculation for softmax", arXiv:1805.02867, algorithm 3; FlashAttention-2, section 2.3.
+    PAPER: "Online normalizer calculation for softmax", arXiv:1805.02867, algorithm 3; FlashAttention-2, section 3.1.1.
     PAPER CONTEXT: m = max(m_old, max(x)), d = d_old e^(m_old - m) + sum(e^(x - m)).
     INTUITION: a running tournament: when a higher score comes, all that was counted shrinks by the same factor.
     IMPLEMENTATION: maximum, sum and weighted values per row; the division is done once, at the end (FlashAttention-2).

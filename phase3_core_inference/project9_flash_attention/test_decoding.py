@@ -34,6 +34,12 @@ def test_a_row_without_keys_gives_zeros_and_what_lies_behind_the_end_is_not_seen
     assert not expected[1].any() and expected[0].any()
 
 
+def test_a_length_beyond_the_cache_means_all_of_it():
+    q, k, v = draw()
+    all_of_it, more = (torch.full((3,), n, dtype=torch.int32) for n in (20, 1000))
+    assert torch.equal(flash_decode(q, k, v, more, 0.3), flash_decode(q, k, v, all_of_it, 0.3))
+
+
 def test_the_operator_says_true_things_of_itself():
     q, k, v = draw()
     arguments = (q, k, v, torch.tensor([3, 4, 5], dtype=torch.int32), 0.3, 2, 4)
@@ -54,6 +60,9 @@ def test_what_does_not_fit_is_refused():
     for bad in ((q[:, :3], k, v), (q[:2], k, v), (q, k, v[:, :10]), (q[0], k, v)):
         with pytest.raises(ValueError, match=r"pass \(B, H, D\)"):
             flash_decode(*bad, lengths, 0.3)
+    for bad in (lengths[:2], lengths.float(), lengths[:, None]):
+        with pytest.raises(ValueError, match="pass one whole number a row"):
+            flash_decode(q, k, v, bad, 0.3)
     with pytest.raises(ValueError, match="splits=0 must be at least 1"):
         flash_decode(q, k, v, lengths, 0.3, splits=0)
 

@@ -68,6 +68,18 @@ def test_tuning_keeps_the_fastest_by_length(monkeypatch):
     assert launched == [last, last, first] and asked == [CANDIDATES["forward"][64]]
 
 
+def test_each_size_may_be_tuned_when_it_is_first_used(monkeypatch):
+    asked, launched = [], []
+    monkeypatch.setattr(tiles, "fastest", lambda candidates, launch: asked.append(candidates) or candidates[-1])
+    monkeypatch.setattr(tiles, "_when", "never")  # restored after the test
+    launch_best("forward", 64, 1000, launched.append)
+    tiles.tune_at_first_use()
+    for T in (1000, 1000, 5000):
+        launch_best("forward", 64, T, launched.append)
+    first, last = CANDIDATES["forward"][64][0], CANDIDATES["forward"][64][-1]
+    assert launched == [first, last, last, last] and len(asked) == 2
+
+
 def test_the_fastest_is_measured_among_those_that_fit(monkeypatch):
     times = {Tile(64, 64, 4, 2): 3.0, Tile(32, 64, 4, 2): 1.0, Tile(16, 64, 4, 2): 2.0}
 

@@ -46,8 +46,8 @@ CANDIDATES = {
     },
 }
 
-_chosen: dict[tuple, Tile] = {}  # what `tuning` found, or what fitted: (kind, width, bits of T) -> tile
-_tuning = False
+_chosen: dict[tuple, Tile] = {}  # what was measured, or what fitted: (kind, width, bits of T) -> tile
+_when = "never"  # candidates are measured: never, at the first launch of a size, or always
 
 
 def width_of(*sizes: int) -> int:
@@ -65,12 +65,19 @@ def tuning() -> Iterator[None]:
     IMPLEMENTATION: on demand and never by itself: another tile sums in another order, so a run could not be repeated.
     WHY: the table was measured on one GPU; yours may prefer another line of it.
     """
-    global _tuning
-    _tuning = True
+    global _when
+    before, _when = _when, "always"
     try:
         yield
     finally:
-        _tuning = False
+        _when = before
+
+
+def tune_at_first_use() -> None:
+    """From now on measure the candidates once for each kernel, head size and length, when it is first launched."""
+    global _when
+    _when = "first"
+    _chosen.clear()
 
 
 def launch_best(kind: str, width: int, T: int, launch: Callable[[Tile], object]) -> None:
@@ -79,7 +86,7 @@ def launch_best(kind: str, width: int, T: int, launch: Callable[[Tile], object])
 
     key = (kind, max(width, 32), T.bit_length())
     candidates = CANDIDATES[kind][max(width, 32)]
-    if _tuning:
+    if _when == "always" or (_when == "first" and key not in _chosen):
         _chosen[key] = fastest(candidates, launch)
     for tile in [_chosen[key]] if key in _chosen else candidates:
         try:
