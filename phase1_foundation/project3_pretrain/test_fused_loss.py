@@ -61,6 +61,18 @@ print("equal")
 """
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss", [fused_nll, chunked_nll])
+def test_compiled_gradients_are_the_eager_ones(loss, dtype):
+    results = []
+    for call in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+        x, weight, targets, upstream = _inputs(dtype)
+        results.append(torch.autograd.grad((call(x, weight, targets) * upstream).sum(), (x, weight)))
+    for eager, compiled in zip(*results):
+        assert eager.norm() > 0
+        torch.testing.assert_close(compiled, eager)
+
+
 def test_the_loss_compiles_in_one_graph():
     results = []
     for loss in (plain_nll, torch.compile(fused_nll, fullgraph=True, backend="aot_eager")):

@@ -189,12 +189,12 @@ class Step:
         self.model.load_state_dict(state)
 
     def state_dict(self):
-        """What a checkpoint needs besides the model: the optimizer's state."""
+        """What a checkpoint needs besides the model: the optimizers' states; a subclass's own go by the name "step"."""
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state):
-        """Continue from `state_dict`."""
-        self.optimizer.load_state_dict(state)
+        """Continue from `state_dict`, of any other kind of step, too: what is not the optimizers' is left out."""
+        self.optimizer.load_state_dict({name: part for name, part in state.items() if name != "step"})
 
 
 @dataclass

@@ -184,7 +184,8 @@ def merge_lora(model: nn.Module, weights: dict[str, float] | None = None) -> nn.
         weights: of the adapters of a stack (`stack_adapters`), by name; what is left out weighs 0.
 
     Everything is trainable again, and the recipe no longer names the adapters. Over quantized layers the merged ones
-    are plain: such a model is exported, or quantized anew; as a checkpoint its recipe would not fit it.
+    are plain: such a model is exported, or quantized anew; as a checkpoint its recipe would not fit it, and
+    merge.py refuses it.
     Raises ValueError where there is nothing to merge.
     """
     if choice_of(model) is not None:

@@ -31,7 +31,7 @@ def to_float8(x: Tensor, dtype: torch.dtype, dim: int | None = None) -> tuple[Te
     """
     Scale a tensor so that its largest value is the format's, and cast
 
-    PAPER: "FP8 Formats for Deep Learning", arXiv:2209.05433, section 3.
+    PAPER: "FP8 Formats for Deep Learning", arXiv:2209.05433, sections 2 and 3.
     PAPER CONTEXT: one scale cannot serve all tensors of a network; software keeps a factor for each, and any real
         number will do. How it is found is left open; libraries often take it from earlier steps (delayed scaling).
     INTUITION: choose the map's scale so that the whole country fits on the sheet.
@@ -40,12 +40,12 @@ def to_float8(x: Tensor, dtype: torch.dtype, dim: int | None = None) -> tuple[Te
     WHY: 4 or 5 bits of exponent reach 2^18 or 2^32 at most; where in float32's range they lie is the scale's business.
 
     Returns the codes (float8, shaped like x), and by what to multiply them, float32: (), or x's shape with `dim` at 1.
-    A tensor of zeros gives zeros; infinity and NaN give NaN, as nothing may hide them.
+    Zeros give zeros, and so do values far below 2^-100; infinity and NaN give NaN, as nothing may hide them.
     """
     largest = torch.finfo(dtype).max
     wide = x.float()
     amax = wide.abs().amax() if dim is None else wide.abs().amax(dim=dim, keepdim=True)
-    amax = torch.where(amax > 0, amax, 1.0)  # zeros stay zeros under any scale
+    amax = amax.clamp(min=2.0**-100)  # below that the scale itself would be infinite; NaN passes
     scale = largest / amax
     # Rounding may push the largest value just above the format; inf * 0 and NaN pass the clamp as NaN.
     return (wide * scale).clamp(-largest, largest).to(dtype), amax / largest
@@ -125,11 +125,11 @@ class TensorScaled(torch.autograd.Function):
         g8, of_g = to_float8(grad, E5M2)
         if ctx.needs_input_grad[0]:
             w8, of_w = to_float8(weight, E4M3)
-            grad_x = ctx.product(g8, w8, of_g, of_w, ctx.dtype, False).to(x.dtype)
+            grad_x = cast(ctx.product(g8, w8, of_g, of_w, ctx.dtype, False), x.dtype)
         if ctx.needs_input_grad[1]:  # else the weight is frozen, under adapters
             x8, of_x = to_float8(x, E4M3)
             grad_w = ctx.product(g8.t(), x8, of_g, of_x, ctx.dtype, False)
-            grad_w = grad_w.to(weight.dtype)
+            grad_w = cast(grad_w, weight.dtype)
         return grad_x, grad_w, None, None
 
 
@@ -164,12 +164,12 @@ class RowScaled(torch.autograd.Function):
         if ctx.needs_input_grad[0]:  # sums over out
             g8, of_g = to_float8(grad, E4M3, dim=1)  # (N, 1)
             w8, of_w = to_float8(weight, E4M3, dim=0)  # (1, in)
-            grad_x = ctx.product(g8, w8, of_g, of_w, ctx.dtype, False).to(x.dtype)
+            grad_x = cast(ctx.product(g8, w8, of_g, of_w, ctx.dtype, False), x.dtype)
         if ctx.needs_input_grad[1]:  # sums over tokens
             g8, of_g = to_float8(grad, E4M3, dim=0)  # (1, out)
             x8, of_x = to_float8(x, E4M3, dim=0)  # (1, in)
             grad_w = ctx.product(g8.t(), x8, of_g.t(), of_x, ctx.dtype, False)
-            grad_w = grad_w.to(weight.dtype)
+            grad_w = cast(grad_w, weight.dtype)
         return grad_x, grad_w, None, None
 
 
@@ -217,7 +217,7 @@ class Float8Linear(nn.Linear):
         """x (..., in) -> (..., out)."""
         dtype = autocast_dtype(x)
         rows = x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)  # (N, in)
-        ragged = -rows.shape[0] % MULTIPLE
+        ragged = -rows.shape[0] % MULTIPLE if rows.shape[0] else MULTIPLE  # no tokens are filled up, too
         filled = F.pad(rows, (0, 0, 0, ragged)) if ragged else rows
         y = self.function.apply(filled.to(dtype), self.weight, dtype, self.product)[: rows.shape[0]]
         y = y.view(*x.shape[:-1], self.out_features)
@@ -247,8 +247,9 @@ def convert_to_float8(model: nn.Module, scaling: str = "tensor", skip: Sequence[
     PAPER: "FP8 Formats for Deep Learning", arXiv:2209.05433, section 4.
     PAPER CONTEXT: only the inputs of matrix products are FP8; embeddings, norms, softmax and residuals are not.
     INTUITION: put the whole kitchen on short notes, but not the cash desk.
-    IMPLEMENTATION: every `nn.Linear`, also those inside adapters. The output head is none and stays as it is; a layer
-        whose sizes are no multiples of 16 stays, too, and a warning names it.
+    IMPLEMENTATION: every `nn.Linear`, also those inside adapters; one whose sizes are no multiples of 16 stays, and a
+        warning names it. The output head, no `nn.Linear`, stays as well: a deviation, since the paper's networks cast
+        their last fully connected layer, too.
     WHY: one call, or `--use fp8`, or `--use "fp8:scaling=row"`; nothing of it is in a checkpoint.
 
     Args:

@@ -3,6 +3,7 @@ Weights stored in float8
 
 This file implements inference from weights of one byte following:
 - "FP8 Formats for Deep Learning" (Micikevicius et al., 2022) - E4M3 for trained weights and activations, a scale beside
+- "QLoRA: Efficient Finetuning of Quantized LLMs" (Dettmers et al., 2023) - gradients through stored weights
 
 Each component is explained with paper references for educational purposes.
 """
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from common.modules import swap_modules
 from phase1_foundation.project3_pretrain.head import autocast_dtype
-from phase3_core_inference.project7_mixed_precision.float8 import E4M3, MULTIPLE, product_for, to_float8
+from phase3_core_inference.project7_mixed_precision.float8 import E4M3, MULTIPLE, cast, product_for, to_float8
 
 
 def power_of_two_below(x: Tensor) -> Tensor:
@@ -27,6 +28,36 @@ def power_of_two_below(x: Tensor) -> Tensor:
     return (x.view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
+class StoredProduct(torch.autograd.Function):
+    """
+    x W^T with a weight that is stored in float8 and never trained
+
+    PAPER: "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv:2305.14314, section 3, equation 5.
+    PAPER CONTEXT: the stored weight is dequantized in both passes; its gradient is not needed, that of its input is.
+    INTUITION: the notes are final, but whoever wrote into them what they were asked may still learn from the answer.
+    IMPLEMENTATION: dx = g W, W = codes * scale, in the compute dtype; the rounding of x is passed straight through.
+    WHY: rounding has no derivative, and neither have the tensor cores' products; adapters below need one.
+
+    Args: x (N, in), codes (out, in) uint8, scale (out, 1), dtype of the result, `product`.
+    """
+
+    @staticmethod
+    def forward(ctx, x, codes, scale, dtype, product):
+        """x (N, in) -> (N, out)."""
+        ctx.save_for_backward(codes, scale)
+        ctx.dtype, ctx.of_x = dtype, x.dtype
+        x8, of_x = to_float8(x, E4M3, dim=1)
+        return product(x8, codes.view(E4M3).t(), of_x, scale.float().t(), dtype, True)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """grad (N, out) -> dx (N, in)."""
+        codes, scale = ctx.saved_tensors
+        with torch.autocast(grad.device.type, enabled=False):
+            weight = (codes.view(E4M3).float() * scale.float()).to(ctx.dtype)  # (out, in)
+            return cast(grad.to(ctx.dtype) @ weight, ctx.of_x), None, None, None, None
+
+
 class StoredFloat8Linear(nn.Module):
     """
     A linear layer whose weight is kept in float8
@@ -34,9 +65,9 @@ class StoredFloat8Linear(nn.Module):
     PAPER: "FP8 Formats for Deep Learning", arXiv:2209.05433, section 4 (inference with 8-bit weights).
     PAPER CONTEXT: networks trained in 16 bits keep their accuracy when weights and activations are cast to E4M3.
     INTUITION: the book is thrown away, the notes are kept: half the shelf, and half to carry for every answer.
-    IMPLEMENTATION: bytes (out, in) and a scale (out, 1). Scales are powers of two, unlike in training: exact in every
-        float type, so that casting the model changes nothing; it costs at most one bit of reach, no precision.
-        Activations are cast token by token, since tensor cores multiply float8 by float8.
+    IMPLEMENTATION: bytes (out, in) and a scale (out, 1). Scales are powers of two, unlike in training: exact in
+        bfloat16, and in float16 but for rows below about 1.3e-5, so that casting the model changes nothing; it costs at
+        most one bit of reach. The paper scales activations per tensor; here each token has its own scale.
     WHY: decoding reads every weight for every token, so its time is the bytes of the weights.
 
     x (..., in) -> (..., out), in autocast's dtype where that is on, else in the dtype of x.
@@ -51,7 +82,7 @@ class StoredFloat8Linear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         if weight.is_meta:  # the values come later
             codes = torch.empty(weight.shape, dtype=torch.uint8, device="meta")
-            scale = torch.empty(self.out_features, 1, device="meta")
+            scale = torch.empty(self.out_features, 1, device="meta", dtype=weight.dtype)
         else:
             codes, scale = self.rounded(weight)
         self.register_buffer("codes", codes)  # as bytes: `model.to(dtype)` would turn float8 into something else
@@ -68,7 +99,11 @@ class StoredFloat8Linear(nn.Module):
         largest = torch.finfo(E4M3).max
         amax = wide.abs().amax(dim=1, keepdim=True).clamp(min=2.0**-100)
         scale = 2 * power_of_two_below(amax / largest * (1 - 2.0**-24))  # not below amax / largest
-        return (wide / scale).clamp(-largest, largest).to(E4M3).view(torch.uint8), scale
+        form = torch.finfo(weight.dtype)
+        scale = scale.clamp(
+            min=form.smallest_normal * form.eps
+        )  # float16: 2^-24, of which all its values are multiples
+        return (wide / scale).clamp(-largest, largest).to(E4M3).view(torch.uint8), scale.to(weight.dtype)
 
     def _apply(self, fn, recurse=True):
         """Moves to another device, which may multiply in another way."""
@@ -80,15 +115,14 @@ class StoredFloat8Linear(nn.Module):
         """x (..., in) -> (..., out)."""
         dtype = autocast_dtype(x)
         rows = x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)  # (N, in)
-        x8, of_x = to_float8(rows, E4M3, dim=1)
-        y = self.product(x8, self.codes.view(E4M3).t(), of_x, self.scale.float().t(), dtype, True)
+        y = StoredProduct.apply(rows, self.codes, self.scale, dtype, self.product)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(dtype)
 
     def to_linear(self) -> nn.Linear:
-        """The plain layer that this one stands for, in float32; bfloat16 would hold its weight exactly, too."""
+        """The plain layer that this one stands for, in the type of the scale, which is that of the model."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.codes.view(E4M3).float() * self.scale.float())
+        linear.weight = nn.Parameter((self.codes.view(E4M3).float() * self.scale.float()).to(self.scale.dtype))
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone())
         return linear

@@ -69,7 +69,7 @@ def round_to(x: Tensor, name: str) -> Tensor:
     """
     The nearest values of a format, by arithmetic; what is too large becomes the largest
 
-    PAPER: "FP8 Formats for Deep Learning", arXiv:2209.05433, section 3.
+    PAPER: "FP8 Formats for Deep Learning", arXiv:2209.05433, section 2.
     PAPER CONTEXT: casts round to the nearest value, and saturate at the largest in place of becoming infinite.
     INTUITION: find the power of two below x: it says how far apart the marks are; go to the nearest, on a tie to the
         even one. Below the smallest normal number the distance stays what it is there.
@@ -97,7 +97,7 @@ def lost(x: Tensor, name: str, scale: float = 1.0) -> float:
     The share of the nonzero values of x that a format makes zero
 
     PAPER: "Mixed Precision Training", arXiv:1710.03740, section 3.2, figure 3.
-    PAPER CONTEXT: of a detector's activation gradients, 31% of the values would become zeros in float16.
+    PAPER CONTEXT: many of a detector's activation gradients lie below float16's range and would become zeros.
     INTUITION: what is finer than half of the ruler's first mark is not there.
     IMPLEMENTATION: |x| * scale is at most half of the smallest value (the tie goes to zero, which is even).
     WHY: the one number that says whether a scale is needed, and whether it is enough.

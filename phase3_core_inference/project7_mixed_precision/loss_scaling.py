@@ -54,6 +54,8 @@ class LossScaler:
 
     def unscale(self, gradients: Sequence[Tensor]) -> bool:
         """Divide gradients by the scale, in place; True if any of them is infinite or NaN (then all are useless)."""
+        if not gradients:
+            return False
         torch._foreach_mul_(gradients, 1 / self.scale)
         worst = torch.stack([norm.float() for norm in torch._foreach_norm(gradients, math.inf)])
         return not bool(worst.isfinite().all())
@@ -89,7 +91,7 @@ class ScaledStep(Step):
         step that overflowed moves nothing and reports an infinite norm, which is no divergence: the scale is halved.
     WHY: `fit` runs unchanged, and the scale is part of the checkpoint.
 
-    Raises DivergedError where gradients overflow although the scale has gone down to 2^-14.
+    Raises DivergedError at the first overflow with a scale below 2^-14.
     """
 
     def __init__(self, model, objective, optimizer, clip=1.0, dtype=torch.float16, scaler=None):
@@ -115,11 +117,10 @@ class ScaledStep(Step):
 
     def state_dict(self):
         """The optimizer's state and the scale."""
-        return super().state_dict() | {"LossScaler": self.scaler.state_dict()}
+        return super().state_dict() | {"step": self.scaler.state_dict()}
 
     def load_state_dict(self, state):
         """Continue from `state_dict`, or from a run that scaled nothing."""
-        optimizers = {name: part for name, part in state.items() if name != "LossScaler"}
-        super().load_state_dict(optimizers)
-        if "LossScaler" in state:
-            self.scaler.load_state_dict(state["LossScaler"])
+        super().load_state_dict(state)
+        if "step" in state:
+            self.scaler.load_state_dict(state["step"])

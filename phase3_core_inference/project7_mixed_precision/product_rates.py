@@ -4,6 +4,8 @@ Rates of products
 This file implements the work of one linear layer in bfloat16 and in float8, to be timed, following:
 - "FP8 Formats for Deep Learning" (Micikevicius et al., 2022) - which factors of which products are in 8 bits
 
+Only benchmark.py uses it.
+
 Each component is explained with paper references for educational purposes.
 """
 

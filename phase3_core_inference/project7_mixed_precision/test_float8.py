@@ -179,6 +179,28 @@ def test_codes_times_scale_are_what_was_cast(dtype, dim):
     assert relative_error(tiny.double() * of_tiny.double(), x.double() * 1e-30) < torch.finfo(dtype).eps / 3
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-36, 1e-38, 0.0])
+@pytest.mark.parametrize("dim", [None, 0, 1])
+def test_tiny_values_stay_finite(size, dim):
+    x = inputs()[0].clamp(-1, 1) * size
+    for dtype in (E4M3, E5M2):
+        codes, unscale = to_float8(x, dtype, dim)
+        assert codes.float().isfinite().all() and unscale.isfinite().all()
+        assert (codes.double() * unscale.double() - x.double()).abs().max() <= max(size / 8, 2.0**-110)
+        x_bad = x.clone()
+        x_bad[0, 0] = math.nan
+        assert to_float8(x_bad, dtype, dim)[0].float()[0, 0].isnan()
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_no_tokens_give_no_values(scaling):
+    layer, x = Float8Linear(32, 64, scaling=scaling), torch.randn(2, 0, 32, requires_grad=True)
+    y = layer(x)
+    assert y.shape == (2, 0, 64)
+    y.sum().backward()
+    assert x.grad.shape == x.shape and not layer.weight.grad.any()
+
+
 # -- a model
 
 

@@ -11,7 +11,11 @@ from common.kernels import relative_error
 from phase1_foundation.project3_pretrain.hub_mapping import plain_state
 from phase1_foundation.project3_pretrain.loading import load
 from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
-from phase2_finetuning.project5_lora.lora import add_lora, merge_lora
+from phase1_foundation.project3_pretrain.optimizers import build_optimizer
+from phase1_foundation.project3_pretrain.running import write_plain
+from phase1_foundation.project3_pretrain.trainer import NextToken, Step
+from phase2_finetuning.project5_lora import merge, test_lora
+from phase2_finetuning.project5_lora.lora import add_lora, load_adapter, merge_lora, save_adapter, without_adapters
 from phase3_core_inference.project7_mixed_precision.float8 import E4M3
 from phase3_core_inference.project7_mixed_precision.float8_inference import StoredFloat8Linear, store_float8
 from phase3_core_inference.project7_mixed_precision.formats import round_to
@@ -118,6 +122,86 @@ def test_adapters_stand_on_stored_layers():
     assert torch.equal(model(TOKENS), expected)
     merge_lora(model)
     assert relative_error(model(TOKENS), expected) < 0.06  # activations are no longer cast
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_flow_through_stored_weights(dtype, compiled):
+    layer = StoredFloat8Linear(nn.Linear(32, 64)).to(dtype)
+    x, upstream = torch.randn(3, 16, 32, dtype=dtype, requires_grad=True), torch.randn(3, 16, 64, dtype=dtype) / 1000
+    call = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+    (grad,) = torch.autograd.grad(call(x), x, upstream)
+    exact = upstream.double() @ (layer.codes.view(E4M3).double() * layer.scale.double())
+    assert grad.dtype == dtype and relative_error(grad, exact) < 2 * torch.finfo(dtype).eps
+
+
+def test_gradients_under_autocast_have_the_type_of_what_came_in():
+    layer, x = StoredFloat8Linear(nn.Linear(32, 64)), torch.randn(5, 32, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        (grad,) = torch.autograd.grad(y.float().sum(), x)
+    exact = layer.to_linear().weight.double().sum(dim=0).expand(5, 32)
+    assert y.dtype == torch.bfloat16 and grad.dtype == torch.float32 and relative_error(grad, exact) < 0.01
+
+
+def test_adapters_learn_on_stored_layers_as_on_plain_ones():
+    losses, gradients = {}, {}
+    for name in ("stored", "plain"):
+        model = store_float8(test_lora.model_of()) if name == "stored" else test_lora.model_of()
+        expected = model(TOKENS)
+        torch.manual_seed(1)
+        add_lora(model, rank=4)
+        step = Step(model, NextToken(), build_optimizer(model, "adamw", 1e-2, 0.0))
+        losses[name] = []
+        for _ in range(8):
+            losses[name].append(float(step.backward([(TOKENS, TOKENS)], TOKENS.numel())))
+            gradients.setdefault(name, {n: p.grad.clone() for n, p in model.named_parameters() if n.endswith(".B")})
+            step.update(1.0)
+        with without_adapters(model):
+            assert torch.equal(model.eval()(TOKENS), expected)
+    assert losses["stored"][-1] < losses["stored"][0] - 1
+    assert losses["stored"] == pytest.approx(losses["plain"], rel=0.05)
+    for name, gradient in gradients["stored"].items():
+        plain = gradients["plain"][name]
+        assert nn.functional.cosine_similarity(gradient.flatten(), plain.flatten(), dim=0) > 0.95, name
+
+
+def test_a_merged_checkpoint_that_could_not_be_loaded_is_not_written(tmp_path, capsys):
+    write_plain(catalog.apply(model_of(), ["fp8_weights", "lora"]), None, tmp_path / "adapted.pt")
+    flags = ["--merged", f"{tmp_path}/merged.pt"]
+    with pytest.raises(SystemExit) as stopped:
+        merge.main(["--checkpoint", f"{tmp_path}/adapted.pt", *flags])
+    assert stopped.value.code == 2 and "is a model after fp8_weights, which no longer holds" in capsys.readouterr().err
+    assert not (tmp_path / "merged.pt").exists()
+    write_plain(catalog.apply(model_of(), ["fp8_weights"]), None, tmp_path / "stored.pt")
+    save_adapter(add_lora(model_of(), targets=["attention"]), tmp_path / "adapter")
+    with pytest.raises(SystemExit):
+        merge.main(["--checkpoint", f"{tmp_path}/stored.pt", "--adapter", f"{tmp_path}/adapter", *flags])
+    assert not (tmp_path / "merged.pt").exists()
+    # what lies below adapters and is still there after merging may stay in the recipe
+    skipping = {"skip": ["attention"]}
+    model = load_adapter(catalog.apply(model_of(), [("fp8_weights", skipping)]), tmp_path / "adapter")
+    write_plain(model, None, tmp_path / "adapted.pt")
+    merge.main(["--checkpoint", f"{tmp_path}/adapted.pt", *flags])
+    merged, _ = load(tmp_path / "merged.pt")
+    assert merged.recipe == [["fp8_weights", skipping]]
+    torch.testing.assert_close(merged(TOKENS), model.eval()(TOKENS), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("first", ["store", "cast"])
+def test_merged_layers_have_the_type_of_the_model(dtype, first):
+    model = store_float8(model_of()).to(dtype) if first == "store" else store_float8(model_of().to(dtype))
+    merge_lora(add_lora(model))
+    assert {p.dtype for p in model.parameters()} == {dtype} and model(TOKENS).dtype == dtype
+
+
+def test_a_float16_row_of_tiny_values_is_stored_as_it_is():
+    linear = nn.Linear(16, 16, bias=False).half()
+    with torch.no_grad():
+        linear.weight.copy_((torch.arange(256) % 15).view(16, 16) * 2.0**-24)
+    layer = StoredFloat8Linear(linear)
+    assert layer.scale.dtype == torch.float16 and torch.equal(layer.to_linear().weight, linear.weight)
 
 
 def test_layers_say_which_dimension_is_which():

@@ -156,7 +156,7 @@ def test_a_run_that_scaled_nothing_can_be_continued():
     step = step_of(model_of())
     step.backward(Batches()[0], 32)
     step.update(1.0)
-    state = {name: part for name, part in step.state_dict().items() if name != "LossScaler"}
+    state = {name: part for name, part in step.state_dict().items() if name != "step"}
     other = step_of(model_of())
     other.load_state_dict(state)
     assert other.scaler.state_dict() == {"scale": RULE["scale"], "good": 0, "skipped": 0}
@@ -175,6 +175,10 @@ def test_a_loss_that_is_no_number_is_a_divergence_at_once():
         model.norm.weight.fill_(1e30)
     with pytest.raises(DivergedError, match="diverged at step 1: the loss became"):
         train(step_of(model), batches)
+
+
+def test_no_gradients_overflow_nothing():
+    assert LossScaler().unscale([]) is False
 
 
 def test_the_scale_grows_no_further_than_float32():

@@ -1,5 +1,7 @@
 """Tests of the lesson on underflow and of the conversion of a checkpoint, as a user runs them."""
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch import nn
 from phase1_foundation.project3_pretrain.loading import load
 from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
 from phase1_foundation.project3_pretrain.running import write_plain
-from phase3_core_inference.project7_mixed_precision import show_underflow, to_float8
+from phase3_core_inference.project7_mixed_precision import show_underflow, to_float8, to_float8_config
 from phase3_core_inference.project7_mixed_precision.float8_inference import StoredFloat8Linear
 from phase3_core_inference.project7_mixed_precision.underflow import GradientRecorder, histogram, losses_of_formats
 
@@ -76,12 +78,31 @@ def test_a_checkpoint_is_converted(tmp_path, capsys):
     stored, tokenizer = load(tmp_path / "small.pt")
     layers = [module for module in stored.modules() if isinstance(module, StoredFloat8Linear)]
     assert len(layers) == 12 and tokenizer is None and stored.recipe == [["fp8_weights", {"skip": ["down_proj"]}]]
-    linear = sum(p.numel() for name, p in model.named_parameters() if "_proj" in name and "down" not in name)
-    plain, kept = 2 * model.n_parameters(), 2 * model.n_parameters() - linear
-    kept += sum(2 * layer.out_features for layer in layers)
-    assert f"{kept / 1e6:.2f} MB of weights where bfloat16 takes {plain / 1e6:.2f}" in capsys.readouterr().out
+    size, plain = (tmp_path / "small.pt").stat().st_size, 2 * model.n_parameters()
+    said = f"a file of {size / 1e6:.2f} MB; the weights would take {plain / 1e6:.2f} MB if all were bfloat16"
+    assert said in capsys.readouterr().out
     with pytest.raises(SystemExit):
         to_float8.main([*flags[:2], "--stored", f"{tmp_path}/plain.pt"])
+    assert "would replace CHECKPOINT" in capsys.readouterr().err
+
+
+def test_without_a_name_the_newest_model_that_was_trained_is_converted(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(to_float8_config, "CHECKPOINTS", tmp_path)
+    flags = ["--stored", f"{tmp_path}/project7/float8.pt"]
+    with pytest.raises(SystemExit):
+        to_float8.main(flags)
+    assert "there is no model yet" in capsys.readouterr().err
+    for age, folder in enumerate(("project4", "project3")):
+        write_plain(Transformer(PRESETS["cpu-tiny"](n_layer=1)), None, tmp_path / folder / "best.pt")
+        os.utime(tmp_path / folder / "best.pt", (1e9 - age, 1e9 - age))
+    for _ in range(2):  # what it wrote is the newest of all by then
+        to_float8.main(flags)
+        assert f"stored {tmp_path}/project4/best.pt" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        to_float8.main(["--checkpoint", flags[1], "--stored", f"{tmp_path}/again.pt"])
+    assert "is stored in float8 already" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        to_float8.main(["--stored", f"{tmp_path}/project4/best.pt"])
     assert "would replace CHECKPOINT" in capsys.readouterr().err
 
 

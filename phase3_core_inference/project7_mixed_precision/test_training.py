@@ -1,6 +1,8 @@
 """Tests of project 3's training in the precisions of this project, which it finds by name in the catalog."""
 
+import functools
 import importlib
+import itertools
 import random
 
 import pytest
@@ -59,7 +61,7 @@ def test_a_run_learns_as_in_float32_and_leaves_a_plain_model(flags, plain, tmp_p
     losses = losses_of(tmp_path)
     assert losses == pytest.approx(plain, rel=0.02) and losses[-1] < losses[0] - 0.1
     saved = checkpoint.load(tmp_path / "last.pt")
-    assert saved["recipe"] == [] and ("LossScaler" in saved["optimizer_state_dict"]) == ("float16" in dtype.split("_"))
+    assert saved["recipe"] == [] and ("step" in saved["optimizer_state_dict"]) == ("float16" in dtype.split("_"))
     assert {tensor.dtype for tensor in saved["model_state_dict"].values()} == {torch.float32}
     model, tokenizer = load(tmp_path / "best.pt")
     assert model(torch.tensor([tokenizer.encode("the cat sat")])).dtype == torch.float32
@@ -75,11 +77,34 @@ def test_the_step_is_found_by_the_name_of_the_precision(dtype):
 
 def test_a_run_resumes_with_its_scale(flags, tmp_path, capsys):
     train_pretrain.main([*flags, "--dtype", "float16", "--use", "--out_dir", str(tmp_path)])
-    scaler = checkpoint.load(tmp_path / "last.pt")["optimizer_state_dict"]["LossScaler"]
+    scaler = checkpoint.load(tmp_path / "last.pt")["optimizer_state_dict"]["step"]
     assert scaler == {"scale": 2.0**16, "good": 8, "skipped": 0}
     train_pretrain.main([*flags, "--dtype", "float16", "--use", "--out_dir", str(tmp_path), "--max_steps", "9"])
     assert "resuming" in capsys.readouterr().out
-    assert checkpoint.load(tmp_path / "last.pt")["optimizer_state_dict"]["LossScaler"]["good"] == 9
+    assert checkpoint.load(tmp_path / "last.pt")["optimizer_state_dict"]["step"]["good"] == 9
+
+
+@functools.cache
+def steps_of(dtype, before=None):
+    """(losses, weights, state) of two steps, after two in another precision."""
+    torch.manual_seed(0)
+    s = settings.load(config, ["--dtype", dtype, "--learning_rate", "1e-3"])
+    step = running.build_step(s, Transformer(PRESETS["cpu-tiny"](n_layer=1)), NextToken())
+    if before:
+        step.load_weights(steps_of(before)[1])
+        step.load_state_dict(steps_of(before)[2])
+    tokens, losses = torch.arange(65, 74).unsqueeze(0), []
+    for _ in range(2):
+        losses.append(float(step.backward([(tokens[:, :-1], tokens[:, 1:])], 8)))
+        assert step.update(1.0) < 100
+    return losses, step.weights(), step.state_dict()
+
+
+@pytest.mark.parametrize("after", STEPS)
+@pytest.mark.parametrize("before", STEPS)
+def test_a_run_goes_on_in_another_precision(before, after):
+    losses = [*steps_of(before)[0], *steps_of(after, before)[0]]
+    assert all(later < earlier for earlier, later in itertools.pairwise(losses))
 
 
 def test_settings_that_do_not_go_together_are_refused():
