@@ -24,7 +24,7 @@ from common.run import Run, ask
 from phase1_foundation.project1_minimal_gpt.sampling import check_sampling
 from phase1_foundation.project3_pretrain.loading import load, newest_checkpoint
 from phase2_finetuning.project4_sft.other_templates import Transcript, template_for
-from phase3_core_inference.project8_kv_cache.answering import answer
+from phase3_core_inference.project8_kv_cache.answering import KeptWriter, answer
 
 # == Chat ==
 CHECKPOINT: str | None = None  # a checkpoint, a Hugging Face folder or org/name; none: the newest that was fine-tuned
@@ -79,6 +79,7 @@ class _Conversation:
 
     def __init__(self, model, template, settings):
         self.model, self.template, self.settings = model, template, settings
+        self.writer = KeptWriter(model, template.tokenizer)
         self.reset()
 
     def reset(self):
@@ -136,8 +137,9 @@ class _Conversation:
         s, pieces, whole = self.settings, [], False
         seed = None if s.SEED is None else s.SEED + len(self.messages)
         words = answer(
-            self.model, self.template, self.messages, s.MAX_NEW_TOKENS, s.TEMPERATURE, s.TOP_K, s.TOP_P, seed
-        )
+            self.model, self.template, self.messages, s.MAX_NEW_TOKENS, s.TEMPERATURE, s.TOP_K, s.TOP_P, seed,
+            self.writer,
+        )  # fmt: skip
         try:
             while True:
                 piece = next(words)

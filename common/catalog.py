@@ -39,7 +39,8 @@ GROUPS = {
         "transformer": "phase1_foundation.project3_pretrain.loading:build_transformer",
         "minimal_gpt": "phase1_foundation.project3_pretrain.loading:build_minimal_gpt",
     },
-    # where keys and values of what was read are kept: f(specs, n_rows, capacity, dtype=, device=, ...) -> KVCache
+    # where keys and values of what was read are kept: f(specs, n_rows, capacity, dtype=, device=, ...) -> KVCache; for
+    # compiled or recorded decoding also with padded=True and round_keys=: see project 8's KVCache
     "caches": {
         "contiguous": "phase3_core_inference.project8_kv_cache.kv_cache:ContiguousCache",
         "sliding": "phase3_core_inference.project8_kv_cache.sliding_cache:SlidingCache",

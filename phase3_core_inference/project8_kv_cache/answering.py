@@ -14,7 +14,30 @@ import torch
 
 from phase2_finetuning.project4_sft.answering import Template, prompt_within
 from phase2_finetuning.project4_sft.conversations import Message
-from phase3_core_inference.project8_kv_cache.generation import SamplingParams, stream
+from phase3_core_inference.project8_kv_cache.generation import SamplingParams, Writer
+from phase3_core_inference.project8_kv_cache.work import octaves
+
+
+class KeptWriter:
+    """One `Writer` for all turns of a conversation; one with more room when a turn needs it.
+
+    PAPER: "Efficiently Scaling Transformer Inference", arXiv:2211.05102, section 2.
+    PAPER CONTEXT: a decode step adds one token to each sequence; its memory is the cache, which grows with the context.
+    INTUITION: a notebook that lasts for many talks; when it is full, one twice as thick is bought.
+    IMPLEMENTATION: room for a power of two of tokens. Step by step on a CPU; on a GPU decode steps are recorded.
+    WHY: a recording pays only if later turns replay it; room for all of a long context would take gigabytes.
+    """
+
+    def __init__(self, model: torch.nn.Module, tokenizer):
+        self.model, self.tokenizer, self._writer = model, tokenizer, None
+
+    def with_room(self, n_tokens: int) -> Writer:
+        """A writer for a text of so many tokens."""
+        if self._writer is None or self._writer.room < min(n_tokens, self.model.config.block_size):
+            self._writer = None  # its memory first
+            graphs = next(self.model.parameters()).is_cuda
+            self._writer = Writer(self.model, self.tokenizer, capacity=octaves(n_tokens), graphs=graphs)
+        return self._writer
 
 
 def answer(
@@ -26,26 +49,29 @@ def answer(
     top_k: int | None = 50,
     top_p: float | None = 0.95,
     seed: int | None = None,
+    writer: KeptWriter | None = None,
 ) -> Generator[str, None, bool]:
     """What the assistant says next, piece by piece: project 4's `answer` with a cache.
 
     PAPER: "Training language models to follow instructions with human feedback", arXiv:2203.02155, section 3.1.
     PAPER CONTEXT: after supervised fine-tuning the model continues a prompt with an answer to it.
     INTUITION: the same play, but the actor no longer reads the script from page one before every word.
-    IMPLEMENTATION: `stream` up to the template's end tokens or end text; up to half of the context is kept free for the
-        answer. The conversation is prefilled anew each turn: keeping it is project 10's work.
+    IMPLEMENTATION: a stream up to the template's end tokens or end text; up to half of the context is kept free for the
+        answer. The conversation is prefilled anew each turn: keeping it is project 10's work. What writes it may be
+        kept: pass the same `writer` each turn.
     WHY: an answer of T tokens costs T steps, not T forwards of everything said so far.
 
     The generator returns whether the answer is whole (the model ended it itself).
     """
     block_size = model.config.block_size
     prompt = prompt_within(template, messages, block_size - min(max_new_tokens, block_size // 2))
+    n_new = max(1, min(max_new_tokens, block_size - len(prompt)))
     params = SamplingParams(
-        max(1, min(max_new_tokens, block_size - len(prompt))), temperature, top_k, top_p, seed=seed,
+        n_new, temperature, top_k, top_p, seed=seed,
         stop=(template.stop_text,) if template.stop_text else (), stop_ids=template.stop_ids,
     )  # fmt: skip
-    reason = None
-    for piece in stream(model, template.tokenizer, prompt, params):
+    writer, reason = writer or KeptWriter(model, template.tokenizer), None
+    for piece in writer.with_room(len(prompt) + n_new).stream([prompt], [params]):
         reason = piece.finish_reason
         if piece.text:
             yield piece.text

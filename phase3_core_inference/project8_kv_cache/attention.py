@@ -38,7 +38,8 @@ def by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> 
     PAPER CONTEXT: softmax(Q K^T / sqrt(d)) V; a group of query heads shares one head of keys and values.
     INTUITION: with one query a row the score matrix is a line: there is nothing to save by tiling it.
     IMPLEMENTATION: the G query heads of a group and the T queries are the rows of one product with their shared keys,
-        so keys are neither repeated nor copied. Queries are scaled, which are fewer than scores. Softmax in float32.
+        so keys are neither repeated nor copied. Queries are scaled, which are fewer than scores. The softmax runs in
+        float32, over scores that the product has already rounded to the cache's type.
     WHY: all streaming processors of a GPU share the keys of a long text, also when the batch is one row.
     """
     R, T, H, D = q.shape

@@ -26,7 +26,7 @@ class Shape(NamedTuple):
     """The sizes of a step, after rounding: plans of one shape share buffers, compiled code and CUDA graphs."""
 
     n_tokens: int  # N
-    n_wanted: int  # W
+    n_wanted: int  # W; equal to N only if the logits of all tokens are wanted
     n_rows: int  # R of the grid that attention works on
     n_each: int  # T of the grid: new tokens a row
     n_keys: int  # S: slots that are read
@@ -52,6 +52,19 @@ class CachePlan:
         captured in a CUDA graph.
 
     `tokens` (N,), `positions` (N,): the step's, padded; `n_tokens`, `n_wanted`: how many of them are real.
+
+    The other parts, and what stands in them for work [(2, 3, 1), (5, 1, 1)] where row 2 held 4 tokens and row 5 held 7
+    (a grid of R = 2 and T = 3, six cells counted line by line):
+
+    name    shape      meaning                                      example
+    rows    (N,)       the row of the cache of each token           2 2 2 5
+    slots   (groups N) where it is written there, for each group    4 5 6 7
+    wanted  (W,)       the tokens whose logits are wanted           2 3
+    cell    (N,)       the cell of the grid of each token           0 1 2 3
+    source  (R T,)     the token in each cell; empty: the first     0 1 2 3 0 0
+    grid    (R T,)     its position; empty: 0                       4 5 6 7 0 0
+    ends    (R,)       length of each line's row after this step    7 8
+    picked  (R,)       the row of the cache of each line            2 5
     """
 
     aligned = False
@@ -88,17 +101,23 @@ class CachePlan:
             part[name].fill(0)
         part["ends"].fill(1)
         self.n_tokens, self.n_wanted = n, len(layout.wanted)
-        part["positions"][:n], part["rows"][:n] = layout.positions, layout.token_rows
+        part["positions"][:n] = layout.positions
+        part["rows"][:n] = layout.token_rows
         part["wanted"][: self.n_wanted] = layout.wanted
         if tokens is not None:
             part["tokens"][:n] = tokens
         for places, group in zip(part["slots"].reshape(len(self.groups), -1), self.groups):
-            places[:n], places[n:] = layout.positions % group.n_slots, group.n_slots  # padding: into the spare slot
+            places[:n] = layout.positions % group.n_slots
+            places[n:] = group.n_slots  # padding: into the spare slot
         line = self._line(layout)  # the row of the grid of each item of the work
         cell = line[layout.token_order] * self.shape.n_each + layout.offsets
-        part["cell"][:n], part["source"][cell], part["grid"][cell] = cell, np.arange(n), layout.positions
-        part["ends"][line], part["picked"][line] = layout.ends, layout.rows
-        self._device.copy_(self._host, non_blocking=True)
+        part["cell"][:n] = cell
+        part["source"][cell] = np.arange(n)
+        part["grid"][cell] = layout.positions
+        part["ends"][line] = layout.ends
+        part["picked"][line] = layout.rows
+        # Without an event to wait for, the next step might overwrite what is still being copied.
+        self._device.copy_(self._host, non_blocking=self._copied is not None)
         if self._copied is not None:
             self._copied.record()
         self._see()

@@ -23,7 +23,8 @@ class Decoder:
     """A model and a cache that take steps together.
 
     PAPER: "Efficiently Scaling Transformer Inference", arXiv:2211.05102, section 2.
-    PAPER CONTEXT: prefill is bound by arithmetic, a decode step by memory, and at small sizes by the host's launches.
+    PAPER CONTEXT: prefill works on all tokens in parallel, decode on one a sequence; at small batches the time to load
+        the weights dominates.
     INTUITION: the model is given work and tokens, and answers with logits; the cache remembers the rest.
     IMPLEMENTATION: the cache plans, the model runs. Everything is eager, whatever the shapes.
     WHY: generation, speculation and serving all are loops around this step.
@@ -51,8 +52,9 @@ class Decoder:
 class FastDecoder(Decoder):
     """A decoder whose short steps are compiled, or recorded and replayed.
 
-    PAPER: "Efficiently Scaling Transformer Inference", arXiv:2211.05102, section 3.
-    PAPER CONTEXT: at small batches what limits a step is latency, not arithmetic.
+    PAPER: "Efficiently Scaling Transformer Inference", arXiv:2211.05102, section 2.
+    PAPER CONTEXT: at small batches the time to load the weights dominates. That the host's launches can take longer
+        still is no matter of the paper, whose TPUs run a compiled program, but of eager code on a GPU.
     INTUITION: a decode step is so short that giving orders takes longer than carrying them out: write them down once.
     IMPLEMENTATION: plans of one shape are one object with buffers at fixed addresses. At first sight its forward is
         compiled and/or recorded into a CUDA graph, afterwards only replayed. Prefill, of any length, runs eagerly.
@@ -61,6 +63,9 @@ class FastDecoder(Decoder):
     Args:
         model: in eval mode; cache: built from its specs with `padded=True`.
         compiled: through torch.compile; graphs: through CUDA graphs (elsewhere without effect).
+
+    A recorded graph reads the weights where they lay when it was recorded. Values changed in place are seen; parameters
+    that are replaced afterwards (merging adapters, `to(dtype)`) are not: make a new decoder then.
     """
 
     def __init__(self, model, cache: KVCache, compiled: bool = False, graphs: bool = True):

@@ -27,9 +27,15 @@ def main(argv=None):
         s = run.settings
         model, tokenizer = load(s.CHECKPOINT, run.device, getattr(torch, s.DTYPE))
         params = SamplingParams(
-            s.MAX_NEW_TOKENS, s.TEMPERATURE, s.TOP_K, s.TOP_P, s.MIN_P, s.REPETITION_PENALTY,
-            tuple(text.replace("\\n", "\n") for text in s.STOP), seed=s.SEED,
-        )  # fmt: skip
+            max_new_tokens=s.MAX_NEW_TOKENS,
+            temperature=s.TEMPERATURE,
+            top_k=s.TOP_K,
+            top_p=s.TOP_P,
+            min_p=s.MIN_P,
+            repetition_penalty=s.REPETITION_PENALTY,
+            stop=tuple(text.replace("\\n", "\n") for text in s.STOP),
+            seed=s.SEED,
+        )
         n_rows = 1 if s.INTERACTIVE or s.COMPARE else len(s.PROMPT)
         writer = Writer(model, tokenizer, n_rows, s.CAPACITY, s.CACHE, s.CHUNK, s.COMPILE, s.GRAPHS)
         if s.INTERACTIVE:
@@ -73,12 +79,12 @@ def converse(run, writer, params):
 
 def compare(run, writer, params, prompt):
     """The likeliest continuation with the cache and without, timed, and whether both are the same."""
-    params = SamplingParams(params.max_new_tokens, temperature=0.0, stop_ids=())
     tokens = writer.encode(prompt)
+    greedy = SamplingParams(temperature=0.0, stop_ids=())
     n_new = min(params.max_new_tokens, writer.room - len(tokens))
     known = KnownTokens(writer.model, writer.tokenizer.vocab_size)
     ways = {
-        "with the cache": lambda n: [p.token for p in writer.stream([tokens], [SamplingParams(n, 0.0, stop_ids=())])],
+        "with the cache": lambda n: [p.token for p in writer.stream([tokens], [replace(greedy, max_new_tokens=n)])],
         "without": lambda n: list(stream_uncached(known, tokens, n, temperature=0.0)),
     }
     results, seconds = {}, {}

@@ -8,6 +8,7 @@ This file implements text from prompts, through a cache, following:
 Each component is explained with paper references for educational purposes.
 """
 
+import operator
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from phase3_core_inference.project8_kv_cache.kv_cache import KVCache
 from phase3_core_inference.project8_kv_cache.sampling import Logprobs, Sampler
 from phase3_core_inference.project8_kv_cache.sampling_params import SamplingParams
 from phase3_core_inference.project8_kv_cache.stopping import TextStream
-from phase3_core_inference.project8_kv_cache.work import power_of_two, quarter_octaves
+from phase3_core_inference.project8_kv_cache.work import octaves, quarter_octaves
 
 __all__ = ["Generation", "Piece", "SamplingParams", "Writer", "append", "generate", "stream"]
 
@@ -93,6 +94,9 @@ class Writer:
         all rows take a decode step at a time until each has ended. Ragged rows need no padding.
     WHY: the one loop behind `generate`, `stream`, the chat and the scripts.
 
+    One stream at a time: raises ValueError when another is begun before it has ended or was closed. With compiled or
+    graphs, replacing parameters afterwards (merging adapters, `to(dtype)`) needs a new Writer: see `FastDecoder`.
+
     Args:
         model, tokenizer: as `load` gives them; n_rows: prompts at a time; capacity: tokens of each (None: block_size).
         cache: a name in the catalog's group "caches", or what builds one from (specs, n_rows, capacity, dtype, device).
@@ -117,17 +121,29 @@ class Writer:
         self.model, self.tokenizer, self.chunk = model, tokenizer, chunk
         build = catalog.resolve("caches", cache) if isinstance(cache, str) else cache
         weight, fast = next(model.parameters()), compiled or graphs
-        options = {"padded": True, "round_keys": power_of_two if compiled else quarter_octaves} if fast else {}
+        options = {"padded": True, "round_keys": octaves if compiled else quarter_octaves} if fast else {}
         block_size = model.config.block_size
         self.room = min(capacity or block_size, block_size)  # tokens of a text; kernels like a multiple of 64
         capacity = min(quarter_octaves(self.room), block_size)
         self.cache = build(model.specs, n_rows, capacity, dtype=weight.dtype, device=weight.device, **options)
         self.decoder = FastDecoder(model, self.cache, compiled, graphs) if fast else Decoder(model, self.cache)
+        self._held: set[int] = set()  # rows of texts that have not ended
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The tokens of a prompt; an empty one begins a document. Raises ValueError if there is no room to go on."""
-        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        """The tokens of a prompt; an empty one begins a document.
+
+        Raises ValueError if there is no room to go on, or for ids that are no tokens.
+        """
+        tokens = (
+            self.tokenizer.encode(prompt) if isinstance(prompt, str) else [operator.index(t) for t in _plain(prompt)]
+        )
         tokens = list(tokens) or [getattr(self.tokenizer, "eot_id", None) or 0]
+        vocab_size = min(self.tokenizer.vocab_size, self.model.config.vocab_size)
+        for token in (min(tokens), max(tokens)):
+            if not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"token id {token} is none of this vocabulary, whose ids go from 0 to {vocab_size - 1}"
+                )
         if len(tokens) >= self.room:
             raise ValueError(
                 f"a prompt of {len(tokens)} tokens leaves no room to go on: capacity={self.room} (at most "
@@ -149,11 +165,21 @@ class Writer:
                 yield from self._batch(batch)
         finally:
             self.model.train(training)
-            for row in (row for row, length in enumerate(self.cache.lengths) if length):
-                self.cache.free(row)
 
     def _batch(self, requests: list[_Request]) -> Iterator[Piece]:
-        """One request a row, from prefill to the last one's end."""
+        """One request a row; whatever happens, the rows are free afterwards."""
+        if self._held:
+            raise ValueError("another stream of this Writer is not finished: close it, or use a second Writer")
+        self._held = held = set(range(len(requests)))
+        try:
+            yield from self._steps(requests, held)
+        finally:
+            for row in held:
+                self.cache.free(row)
+            held.clear()
+
+    def _steps(self, requests: list[_Request], held: set[int]) -> Iterator[Piece]:
+        """From prefill to the last request's end."""
         params = [request.params for request in requests]
         seeds = [random.getrandbits(62) if p.seed is None else p.seed for p in params]
         device = next(self.model.parameters()).device
@@ -170,6 +196,7 @@ class Writer:
                 piece = requests[row].accept(token, logprobs)
                 if piece.finish_reason:
                     self.cache.free(row)
+                    held.remove(row)
                 yield piece
 
     def _next_work(self, rows: list[int], requests: list[_Request]) -> tuple[list[tuple[int, int, int]], list[int]]:
@@ -186,10 +213,19 @@ class Writer:
         return work, tokens
 
 
+def _plain(values):
+    """Tensors, arrays and their numbers as lists and ints, anything else as it is."""
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
+def _is_one(prompts) -> bool:
+    """Whether this is one prompt, not several."""
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(_plain(prompts[0]), int))
+
+
 def _prepare(model, tokenizer, prompts, params, options) -> tuple[Writer, list[Prompt], list[SamplingParams]]:
     """What `generate` and `stream` are given, as lists of equal length, and a writer with room for them."""
-    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-    prompts = [prompts] if one else list(prompts)
+    prompts = [prompts] if _is_one(prompts) else list(prompts)
     params = params or SamplingParams()
     params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     if not prompts or len(params) != len(prompts):
@@ -223,7 +259,7 @@ def generate(
     WHY: what most callers want; who wants to see text as it comes calls `stream`, who calls often keeps a `Writer`.
 
     Args:
-        prompts: a text, or token ids, or a list of these; params: one for all, or one for each.
+        prompts: a text, or token ids (list, tensor, array), or a list of these; params: one for all, or one for each.
         options: of `Writer`: cache, chunk, compiled, graphs, n_rows, capacity.
 
     Returns a Generation, or for a list a list of them.
@@ -232,4 +268,4 @@ def generate(
     texts = [Generation(len(writer.encode(prompt))) for prompt in many]
     for piece in writer.stream(many, params):
         append(texts[piece.index], piece)
-    return texts[0] if many and (isinstance(prompts, str) or isinstance(prompts[0], int)) else texts
+    return texts[0] if _is_one(prompts) else texts

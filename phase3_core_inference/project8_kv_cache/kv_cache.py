@@ -32,7 +32,11 @@ __all__ = ["ContiguousCache", "KVCache", "Work", "bytes_per_token"]
 
 
 class KVCache(Protocol):
-    """Keys and values of several sequences, one a row; built from `model.specs`."""
+    """Keys and values of several sequences, one a row.
+
+    Built as f(model.specs, n_rows, capacity, dtype=, device=); for `FastDecoder` also with padded=True and round_keys=,
+    as of `ContiguousCache`.
+    """
 
     lengths: list[int]  # tokens of each row: on the host, the only truth
     capacity: int  # the most tokens of a row
@@ -43,6 +47,10 @@ class KVCache(Protocol):
 
         Advances `lengths`. The plan is for one forward, which must come before the next call.
         """
+        ...
+
+    def keeps(self, plan: Plan) -> bool:
+        """Whether a step of the same shape would get this very plan again; else what was recorded for it can go."""
         ...
 
     def truncate(self, row: int, length: int) -> None:
@@ -104,7 +112,10 @@ class ContiguousCache:
         self.specs, self.capacity, self.device = list(specs), capacity, torch.device(device)
         self.kernel, self.round_keys = kernel or best_kernel(device), round_keys
         self.lengths = [0] * n_rows
-        self._sizes, self._most_kept = (self._padded, 64) if padded else (self._exact, 8)
+        if padded:  # few shapes, each of them worth keeping: code or a graph may belong to it
+            self._sizes, self._most_kept = self._padded, 64
+        else:
+            self._sizes, self._most_kept = self._exact, 8
         self._kept: dict[tuple, CachePlan] = {}
         with torch.no_grad():
             self.stores = [store(spec, n_rows, self._slots(spec), dtype, device) for spec in specs]
@@ -155,11 +166,13 @@ class ContiguousCache:
         even = bool((layout.news == n_each).all())
         if even and n_each <= SHORT:  # decode and verify: tokens fill the grid
             n_tokens = n_rows * n_each
-            all_wanted = len(layout.wanted) == len(layout.positions)
-            return n_rows, n_each, n_tokens, n_tokens if all_wanted else power_of_two(len(layout.wanted))
-        n_each = max(power_of_two(n_each), SHORT)
-        n_tokens = n_each if n_rows == 1 else max(power_of_two(len(layout.positions)), SHORT)
-        return n_rows, n_each, n_tokens, power_of_two(len(layout.wanted))
+        else:
+            n_each = max(power_of_two(n_each), SHORT)
+            n_tokens = n_each if n_rows == 1 else max(power_of_two(len(layout.positions)), SHORT)
+        # As many wanted as tokens says that all are: then, and only then, nothing has to be selected.
+        all_wanted = len(layout.wanted) == len(layout.positions)
+        n_wanted = n_tokens if all_wanted else min(power_of_two(len(layout.wanted)), n_tokens - 1)
+        return n_rows, n_each, n_tokens, n_wanted
 
     def _find(self, kind: type[CachePlan], shape: Shape) -> CachePlan:
         """The plan of this kind and shape: the same one each time, unless it was not needed for long."""

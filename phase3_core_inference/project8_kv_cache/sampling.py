@@ -46,7 +46,8 @@ def cut_tail(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Ten
     ordered = ordered.masked_fill(ordered < ordered.gather(-1, top_k - 1), -torch.inf)
     probabilities = ordered.softmax(-1)
     # A token stays while those before it do not yet reach p; the first one always does.
-    gone = probabilities.cumsum(-1) - probabilities >= top_p
+    # Rounding may let the sum reach 1 too early, so p = 1 is asked for.
+    gone = (probabilities.cumsum(-1) - probabilities >= top_p) & (top_p < 1)
     gone[..., 0] = False
     gone |= probabilities < min_p * probabilities[..., :1]
     return logits.masked_fill(gone.logical_or_(ordered == -torch.inf).scatter(-1, order, gone), -torch.inf)

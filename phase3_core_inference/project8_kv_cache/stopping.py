@@ -29,7 +29,8 @@ class TextStream:
     INTUITION: an interpreter who waits for the end of a syllable, and does not say what may have to be taken back.
     IMPLEMENTATION: the new text is what decoding the last tokens adds to decoding those before them; it waits while it
         ends in half a character (U+FFFD). What may be the beginning of a stop text waits, too.
-    WHY: users see text at once, never half a letter, and never a part of what ends it. Costs do not grow with the text.
+    WHY: users see text at once, never half a letter, and never a part of what ends it. Costs do not grow with the text
+        (but while bytes that are no text last, all of these are decoded again).
 
     Args:
         decode: token ids -> text; stops: texts that end it.

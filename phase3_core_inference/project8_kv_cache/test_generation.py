@@ -1,5 +1,6 @@
 """Generation: the text of transformers, the same alone and in any batch, in streams, with stops, within limits."""
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -11,7 +12,7 @@ from phase1_foundation.project3_pretrain.writing import KnownTokens
 from phase2_finetuning.project4_sft.answering import answer as answer_uncached
 from phase2_finetuning.project4_sft.template import ChatTemplate
 from phase2_finetuning.project4_sft.vocabulary import byte_tokenizer, with_chat_tokens
-from phase3_core_inference.project8_kv_cache.answering import answer
+from phase3_core_inference.project8_kv_cache.answering import KeptWriter, answer
 from phase3_core_inference.project8_kv_cache.generation import SamplingParams, Writer, generate, stream
 
 TOKENIZER = byte_tokenizer()
@@ -187,6 +188,59 @@ def test_a_writer_forgets_a_text_that_was_not_finished(model):
     model.eval()
     tokens = [piece.token for piece in writer.stream(["Hello"], [GREEDY])]
     assert tokens == generate(model, TOKENIZER, "Hello", GREEDY).tokens
+
+
+def test_two_streams_of_one_writer_do_not_mix(model):
+    writer, whole = Writer(model, TOKENIZER, n_rows=2, chunk=1), generate(model, TOKENIZER, PROMPTS, GREEDY)
+    once = SamplingParams(1, 0.0, stop_ids=())
+    first = writer.stream(["a", PROMPTS[2]], [once, GREEDY])
+    assert next(first).finish_reason == "length" and writer.cache.lengths == [0, 0]  # the second is not yet read
+    with pytest.raises(ValueError, match="another stream of this Writer is not finished: close it, or use a second"):
+        next(writer.stream(["Hello"], [GREEDY]))
+    assert [piece.token for piece in first] == whole[2].tokens
+    last = writer.stream(["a"], [once])
+    assert next(last).finish_reason == "length"  # finished, though nobody asked for what comes after
+    second = writer.stream(["Hello"], [GREEDY])
+    tokens = [next(second).token]
+    assert list(last) == [] and tokens + [piece.token for piece in second] == whole[0].tokens
+    assert writer.cache.lengths == [0, 0]
+
+
+def test_tokens_of_any_kind_and_only_those_of_the_vocabulary(model):
+    tokens = TOKENIZER.encode("Hello")
+    expected = generate(model, TOKENIZER, tokens, GREEDY).tokens
+    for prompt in (torch.tensor(tokens), np.array(tokens, dtype=np.int32), list(np.array(tokens)), tuple(tokens)):
+        assert generate(model, TOKENIZER, prompt, GREEDY).tokens == expected
+        assert generate(model, TOKENIZER, [prompt, "a"], GREEDY)[0].tokens == expected
+    assert [text.tokens for text in generate(model, TOKENIZER, torch.tensor([tokens] * 2), GREEDY)] == [expected] * 2
+    last = TOKENIZER.vocab_size - 1
+    for wrong in (-1, last + 1, 10**6):
+        with pytest.raises(ValueError, match=f"token id {wrong} is none of this vocabulary, .* from 0 to {last}"):
+            generate(model, TOKENIZER, [5, wrong, 7], GREEDY)
+    with pytest.raises(TypeError):
+        generate(model, TOKENIZER, [5, 1.5], GREEDY)
+
+
+def test_compiled_decoding_knows_few_lengths(model):
+    writer = Writer(model, TOKENIZER, compiled=True)
+    assert {writer.cache.round_keys(n) for n in range(1, 97)} == {64, 128}
+
+
+def test_a_kept_writer_grows_and_answers_the_same():
+    template = ChatTemplate(with_chat_tokens(TOKENIZER))
+    torch.manual_seed(0)
+    config = PRESETS["cpu-tiny"](vocab_size=template.tokenizer.vocab_size, block_size=256)
+    model = Transformer(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    kept, writers = KeptWriter(model, template.tokenizer), []
+    for question in ("Hi", "So?", "What is it? " * 9, "Hi"):
+        messages = [{"role": "user", "content": question}]
+        own = "".join(answer(model, template, messages, 20, seed=3))
+        assert "".join(answer(model, template, messages, 20, seed=3, writer=kept)) == own
+        writers.append(kept.with_room(1))
+    assert writers[0] is writers[1] and writers[0].room == 64
+    assert writers[2] is writers[3] and writers[2].room == 256
 
 
 def test_an_answer_is_that_without_a_cache():

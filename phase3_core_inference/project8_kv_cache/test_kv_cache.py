@@ -73,7 +73,7 @@ def draw_sequences(rng, n=4):
 @pytest.mark.parametrize("padded", [False, True], ids=["exact", "padded"])
 @pytest.mark.parametrize("cache_name", CACHES)
 @pytest.mark.parametrize("name", SHAPES)
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_cached_logits_are_those_without_a_cache(name, cache_name, padded, seed):
     """Rows of several lengths, prompts in chunks, decodes between them, in any order."""
@@ -85,6 +85,39 @@ def test_cached_logits_are_those_without_a_cache(name, cache_name, padded, seed)
         logits, wanted = take(model, cache, sequences, draw_work(rng, cache, sequences, 5))
         if wanted:
             torch.testing.assert_close(logits, torch.stack([exact[row][p] for row, p in wanted]), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        [(0, 4, 3)],
+        [(0, 32, 20)],
+        [(0, 1, 0), (1, 1, 1), (2, 1, 1), (3, 1, 1)],
+        [(0, 2, 1), (1, 2, 2)],
+        [(0, 5, 5), (2, 3, 3)],
+    ],
+)
+@pytest.mark.parametrize("padded", [False, True], ids=["exact", "padded"])
+def test_wanted_logits_are_those_of_the_last_tokens(work, padded):
+    """Also where their number, rounded up, is that of all tokens."""
+    model, sequences = MODELS["grouped"], draw_sequences(random.Random(0))
+    sequences[0] = torch.arange(LONG) % V
+    logits, wanted = take(model, ContiguousCache(model.specs, 4, LONG, padded=padded), sequences, work)
+    expected = torch.stack([model(sequences[row])[p] for row, p in wanted])
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=0)
+
+
+def test_the_example_of_the_plan():
+    cache = ContiguousCache(MODELS["gpt2"].specs, 8, LONG)
+    cache.plan([(2, 4, 0), (5, 7, 0)])
+    plan = cache.plan([(2, 3, 1), (5, 1, 1)])
+    assert type(plan) is CachePlan
+    for part, expected in (
+        (plan.rows, [2, 2, 2, 5]), (plan.slots[0], [4, 5, 6, 7]), (plan.wanted, [2, 3]), (plan.cell, [0, 1, 2, 3]),
+        (plan.source, [0, 1, 2, 3, 0, 0]), (plan._grid.flatten(), [4, 5, 6, 7, 0, 0]), (plan._ends, [7, 8]),
+        (plan.picked, [2, 5]),
+    ):  # fmt: skip
+        assert part.tolist() == expected
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -111,6 +111,20 @@ def test_a_request_draws_the_same_alone_and_in_any_batch():
         assert some.tokens == [alone[4], alone[2]]
 
 
+def test_all_of_the_distribution_is_all_of_it_beside_a_neighbour_that_cuts(monkeypatch):
+    """In float32 the sum of the first of 20,000 odds reaches 1 long before the last."""
+    logits = torch.randn(2, 20_000, generator=torch.Generator().manual_seed(1)) * 3
+    cut = cut_tail(logits, column(20_000, 20_000), column(1.0, 0.9), column(0.0, 0.0))
+    assert cut[0].isfinite().all() and not cut[1].isfinite().all()
+    rarest = int(logits[0].argmin())
+    luck = torch.zeros(20_000).index_fill(0, torch.tensor([rarest]), 100.0)
+    monkeypatch.setattr("phase3_core_inference.project8_kv_cache.sampling.gumbel", lambda keys, vocab_size: luck)
+    params = [SamplingParams(top_p=1.0), SamplingParams(top_p=0.9)]
+    for n in (1, 2):  # alone and beside
+        sampler = Sampler(params[:n], range(n), [[1]] * n, 20_000, "cpu")
+        assert sampler.draw(logits[:n], range(n), [0] * n).tokens[0] == rarest
+
+
 def test_greedy_rows_stay_greedy_in_a_batch_that_draws():
     logits = draw_logits(5)
     assert Sampler(MIX, range(5), PROMPTS, V, "cpu").draw(logits, range(5), [3] * 5).tokens[0] == int(

@@ -85,13 +85,24 @@ def power_of_two(n: int) -> int:
 
 
 def quarter_octaves(n: int, floor: int = 64) -> int:
-    """n rounded up to one of four steps between two powers of two, so that at most a fifth is spare.
+    """n rounded up to one of four steps between two powers of two: above 256 at most a fifth is spare.
+
+    Below, steps are of `floor`: up to half is spare (65 -> 128), and more below the floor itself.
 
     >>> [quarter_octaves(n) for n in (1, 65, 300, 513, 1000)]
     [64, 128, 320, 640, 1024]
     """
     step = max(floor, power_of_two(n) // 8)
     return -(-n // step) * step
+
+
+def octaves(n: int, floor: int = 64) -> int:
+    """n rounded up to a power of two, at least `floor`: so few sizes that code can be compiled for each.
+
+    >>> [octaves(n) for n in (1, 64, 65, 300)]
+    [64, 64, 128, 512]
+    """
+    return max(floor, power_of_two(n))
 
 
 Rounding = Callable[[int], int]
