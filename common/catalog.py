@@ -44,6 +44,7 @@ GROUPS = {
     "caches": {
         "contiguous": "phase3_core_inference.project8_kv_cache.kv_cache:ContiguousCache",
         "sliding": "phase3_core_inference.project8_kv_cache.sliding_cache:SlidingCache",
+        "flash": "phase3_core_inference.project9_flash_attention.cached_attention:flash_cache",
     },
     # how prompts are continued: f(model, tokenizer, prompts, params, ...) -> Generation, or a list of them
     "generators": {

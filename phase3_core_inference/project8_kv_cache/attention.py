@@ -22,15 +22,18 @@ from phase3_core_inference.project8_kv_cache.work import SHORT
 class CacheKernel(Protocol):
     """How queries read a cache; a constructor argument of the cache.
 
-    `bias` is 0 where a query sees a key and -inf elsewhere, in the type of the cache.
+    `bias` is 0 where a query sees a key and -inf elsewhere, in the type of the cache. `ends` says the same of a lone
+    query in one number a row: it sees the first so many keys; None where that is not so (windows, rings).
     """
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-        """q (R, T, H, D), k (R, Hkv, S, D), v (R, Hkv, S, Dv), bias (R, T, S) -> (R, T, H, Dv)."""
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, ends: Tensor | None = None
+    ) -> Tensor:
+        """q (R, T, H, D), k (R, Hkv, S, D), v (R, Hkv, S, Dv), bias (R, T, S), ends (R,) -> (R, T, H, Dv)."""
         ...
 
 
-def by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+def by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, ends: Tensor | None = None) -> Tensor:
     """Attention as two batched matrix products around a softmax.
 
     PAPER: "Attention Is All You Need", arXiv:1706.03762, section 3.2.1, equation 1; "GQA: Training Generalized
@@ -51,7 +54,7 @@ def by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> 
     return y.unflatten(2, (G, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # (R, T, H, Dv)
 
 
-def by_sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+def by_sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, ends: Tensor | None = None) -> Tensor:
     """Attention by PyTorch's fused kernels.
 
     PAPER: "Attention Is All You Need", arXiv:1706.03762, section 3.2.1, equation 1.
@@ -71,7 +74,7 @@ def by_sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tens
     return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, bias, scale=scale).transpose(1, 2)
 
 
-def by_length(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+def by_length(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, ends: Tensor | None = None) -> Tensor:
     """Products for the few queries of a decode step, the fused kernel for the many of a prefill."""
     kernel = by_products if q.shape[1] <= SHORT else by_sdpa
     return kernel(q, k, v, bias, scale)

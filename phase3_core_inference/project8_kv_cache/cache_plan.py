@@ -145,7 +145,9 @@ class CachePlan:
         group, store = self.group_of[layer], self.stores[layer]
         store.write(self.rows, self.slots[group], k, v)
         keys, values = self._read(store, self.keys[group])
-        y = self.kernel(self._to_grid(q).to(store.dtype), keys, values, self.bias[group], self.specs[layer].scale)
+        ends = self._ends if self.groups[group].window is None else None
+        scale = self.specs[layer].scale
+        y = self.kernel(self._to_grid(q).to(store.dtype), keys, values, self.bias[group], scale, ends)
         return self._from_grid(y).to(q.dtype)
 
     def select(self, x: Tensor) -> Tensor:

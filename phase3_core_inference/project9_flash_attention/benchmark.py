@@ -4,11 +4,12 @@
     uv run python phase3_core_inference/project9_flash_attention/benchmark.py --parts step
 
 attention: TFLOP/s forward and backward by length, windows and documents, against PyTorch's flash and cuDNN kernels.
-decode: bytes a second of one query over a long cache. memory: the peak of plain, tiled and fused attention. step: a
-training step of GPT-2 124M, also with heads of 128, by kernel. Kernels are timed on the GPU's own clock, several
-launches in one CUDA graph, in turn with their peers.
+decode: bytes a second of one query over a long cache. cache: decoding steps through project 8's cache. memory: the peak
+of plain, tiled and fused attention. step: a training step of GPT-2 124M, also with heads of 128, by kernel. Kernels are
+timed on the GPU's own clock, several launches in one CUDA graph, in turn with their peers.
 """
 
+import copy
 import dataclasses
 import functools
 import os
@@ -30,12 +31,18 @@ from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
 from phase1_foundation.project3_pretrain.optimizers import build_optimizer
 from phase1_foundation.project3_pretrain.plans import Causal, prefer, sdpa
 from phase1_foundation.project3_pretrain.trainer import NextToken, Step
+from phase3_core_inference.project7_mixed_precision.float8_inference import store_float8
+from phase3_core_inference.project8_kv_cache.attention import KERNELS as CACHE_KERNELS
+from phase3_core_inference.project8_kv_cache.decoder import FastDecoder
+from phase3_core_inference.project8_kv_cache.kv_cache import ContiguousCache
 from phase3_core_inference.project9_flash_attention import benchmark_config, gluon_attention
+from phase3_core_inference.project9_flash_attention.cached_attention import split_attention
 from phase3_core_inference.project9_flash_attention.decoding import flash_decode
 from phase3_core_inference.project9_flash_attention.flash_attention import flash_attention
 from phase3_core_inference.project9_flash_attention.memory import peak_of, plain_attention
 from phase3_core_inference.project9_flash_attention.reference import tiled_attention
 
+TINY_LLAMA = PRESETS["llama-7b"](n_layer=22, n_embd=2048, n_kv_head=4, n_ff=5632, block_size=1024)
 PEERS = {"SDPA flash": "flash", "cuDNN": "cudnn"}
 CLAIMS = {  # H100, causal, forward, 16k tokens: FlashAttention-3's repository and paper
     64: "FlashAttention-2: 299, FlashAttention-3: 473 (H100)",
@@ -69,7 +76,7 @@ def main(argv=None):
     with Run(benchmark_config, argv, description=__doc__) as run:
         s = run.settings
         torch.manual_seed(s.SEED)
-        report = Report("project9_flash_attention", "FlashAttention", run.device, keep=len(s.PARTS) < 4)
+        report = Report("project9_flash_attention", "FlashAttention", run.device, keep=len(s.PARTS) < len(PARTS))
         failed = {}
         for part in s.PARTS:
             try:
@@ -292,6 +299,36 @@ def sdpa_decode(q, k, v, backend):
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]).squeeze(2)
 
 
+@torch.no_grad()
+def measure_cached_step(report, s, device):
+    """A decoding step of whole models through project 8's cache, recorded, by what reads the cache; weights of one byte
+    beside those of two."""
+    if device.type != "cuda":
+        report.skip("decoding step through the cache", "needs a GPU")
+        return
+    for name, config in (("124M", PRESETS["gpt2"]()), ("1.1B", TINY_LLAMA)):
+        with device:
+            model = Transformer(config).to(torch.bfloat16).eval()
+        for rows in (1, 64):
+            work, tokens, timed = [(row, 1, 1) for row in range(rows)], [1] * rows, {}
+            models = {"": model} | ({", fp8 weights": store_float8(copy.deepcopy(model))} if name == "1.1B" else {})
+            for kernel, read in {**CACHE_KERNELS, "flash": split_attention}.items():
+                for weights, one in models.items():
+                    cache = ContiguousCache(one.specs, rows, 1024, torch.bfloat16, device, kernel=read, padded=True)
+                    timed[kernel + weights] = functools.partial(cached_steps, FastDecoder(one, cache), work, tokens)
+            ms = {key: timing.median / 8e-3 for key, timing in measure(timed, s.REPEATS, 2, device).items()}
+            for key in (key for key in ms if key != "sdpa"):
+                report.row(f"{name}, batch {rows}: decoding step after 960 tokens, {key}", ms[key], "ms",
+                           peer=ms["sdpa"], peer_name="SDPA with a mask", higher_is_better=False)  # fmt: skip
+
+
+def cached_steps(decoder, work, tokens):
+    """Eight steps behind 960 tokens; what was never written is zeros, and costs the same."""
+    decoder.cache.lengths[:] = [960] * len(work)
+    for _ in range(8):
+        decoder.step(work, tokens)
+
+
 BACKEND_NAMES = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "math": "MATH"}
 
 # -- memory
@@ -374,7 +411,13 @@ def _step_of(config, kernel, rows, device):
     return take
 
 
-PARTS = {"attention": measure_attention, "decode": measure_decode, "memory": measure_memory, "step": measure_step}
+PARTS = {
+    "attention": measure_attention,
+    "decode": measure_decode,
+    "cache": measure_cached_step,
+    "memory": measure_memory,
+    "step": measure_step,
+}
 
 if __name__ == "__main__":
     main()

@@ -31,7 +31,7 @@ def split_kernel(q_ptr, k_ptr, v_ptr, lengths_ptr, top_ptr, total_ptr, part_ptr,
     """
     split, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits, kv_heads = tl.num_programs(0), tl.num_programs(1)
-    length = tl.minimum(tl.load(lengths_ptr + b), S)  # the host does not know it, so it cannot refuse it
+    length = tl.minimum(tl.load(lengths_ptr + b).to(tl.int32), S)  # the host does not know it, so it cannot refuse it
     first = 0
     if WINDOW:
         first = tl.maximum(length - window, 0)
