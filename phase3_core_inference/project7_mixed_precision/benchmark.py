@@ -48,7 +48,7 @@ from phase3_core_inference.project7_mixed_precision.product_rates import (
     layer_products,
     plain_products,
 )
-from phase3_core_inference.project7_mixed_precision.step_rivals import Uniform, rivals_of, with_torchao
+from phase3_core_inference.project7_mixed_precision.step_rivals import Uniform, loss_scale, rivals_of, with_torchao
 
 TRAIN = ROOT / "phase1_foundation" / "project3_pretrain" / "train_pretrain.py"
 TINY_LLAMA = PRESETS["llama-7b"](n_layer=22, n_embd=2048, n_kv_head=4, n_ff=5632, block_size=1024)
@@ -208,7 +208,10 @@ def steps(report, s, device, shape):
     taken, memory = {name: stepping(step, batches, tokens) for name, step in takers.items()}, {}
     if gpu:
         memory = {name: peak_of(step, device) for name, step in taken.items()}
+    scales = {name: loss_scale(step) for name, step in takers.items() if "float16" in name.split(",")}
     timings = measure(taken, s.REPEATS, 1, device)
+    for name, before in scales.items():
+        report.check(f"{shape}: no timed step in {name} was left out", loss_scale(takers[name]) >= before)
     step_rows(report, shape, timings, memory, tokens, gpu)
     if shape == "124M":
         del rivals, taken

@@ -75,6 +75,11 @@ class TorchScaledStep(Step):
         return float(norm)
 
 
+def loss_scale(step):
+    """What a step in float16 multiplies its loss by: it falls whenever a step is left out."""
+    return step.scaler.get_scale() if isinstance(step, TorchScaledStep) else step.scaler.scale
+
+
 def shared(model):
     """A copy of a model with the same parameters, not with equal ones."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})

@@ -38,6 +38,16 @@ def with_gradients(kernel, inputs, **options):
     return (out, *torch.autograd.grad((out * weights).sum(), inputs))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_compiled_gradients_are_the_eager_ones(dtype, heads):
+    inputs = [x.detach().to(dtype).requires_grad_() for x in draw(T=1, heads=heads, kv_heads=1 if heads == 1 else 2)]
+    compiled = torch.compile(tiled_attention, backend="aot_eager")
+    for ours, eager in zip(*(with_gradients(call, inputs, m=8, n=8) for call in (compiled, tiled_attention))):
+        torch.testing.assert_close(ours, eager)
+    assert eager.norm() > 0  # of the values
+
+
 @pytest.mark.parametrize("tile", [(23, 23), (4, 3), (3, 8), (1, 1), (64, 2)])
 @pytest.mark.parametrize("mask", MASKS)
 def test_tiles_give_what_the_formula_gives(mask, tile):
