@@ -183,6 +183,7 @@ def test_codes_times_scale_are_what_was_cast(dtype, dim):
 @pytest.mark.parametrize("dim", [None, 0, 1])
 def test_tiny_values_stay_finite(size, dim):
     x = inputs()[0].clamp(-1, 1) * size
+    x[::2, ::2] = 0  # which an infinite scale would make NaN
     for dtype in (E4M3, E5M2):
         codes, unscale = to_float8(x, dtype, dim)
         assert codes.float().isfinite().all() and unscale.isfinite().all()
