@@ -13,16 +13,17 @@ import os
 
 import torch
 
+_TRITON = importlib.util.find_spec("triton") is not None  # looked up once: a compiler cannot trace the search
+
 
 def interpreting():
     """True when Triton runs its kernels on the CPU, in Python (``TRITON_INTERPRET=1``): slow, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
 def has_triton():
     """Whether Triton is installed: on Linux it comes with PyTorch, on Windows and macOS it does not."""
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON
 
 
 def op(name, reference, mutates=(), fake=None, opaque=False):

@@ -82,7 +82,8 @@ def curves(path, series, xlabel, ylabel, title, hlines=None, vlines=None, logx=F
         axes.set_yscale("log")
     if ylim:
         axes.set_ylim(*ylim)
-    axes.legend(frameon=False, fontsize=9)
+    crowded = len(axes.get_legend_handles_labels()[0]) > 5  # then beside the lines, not over them
+    axes.legend(frameon=False, fontsize=9, **({"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if crowded else {}))
     return _write(figure, path)
 
 

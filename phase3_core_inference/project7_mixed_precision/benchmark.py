@@ -35,12 +35,13 @@ from phase1_foundation.project3_pretrain.optimizers import build_optimizer
 from phase1_foundation.project3_pretrain.plans import use_cudnn_attention
 from phase1_foundation.project3_pretrain.trainer import NextToken, Step
 from phase3_core_inference.project7_mixed_precision import benchmark_config
+from phase3_core_inference.project7_mixed_precision.few_rows import FEW, few_rows_product, round_reference, round_rows
 from phase3_core_inference.project7_mixed_precision.float8 import (
     Float8Linear,
     emulated_product,
     product_for,
 )
-from phase3_core_inference.project7_mixed_precision.float8_inference import store_float8
+from phase3_core_inference.project7_mixed_precision.float8_inference import StoredFloat8Linear, store_float8
 from phase3_core_inference.project7_mixed_precision.master_weights import MasterStep
 from phase3_core_inference.project7_mixed_precision.product_rates import (
     float8_products,
@@ -103,11 +104,16 @@ def check(report, s, device, _):
     x, grad = (torch.randn(512, n, generator=generator).to(device) for n in (256, 512))
     weight = torch.randn(512, 256, generator=generator).to(device)
     exact = (x.double() @ weight.double().T, grad.double() @ weight.double(), grad.double().T @ x.double())
+    stored = StoredFloat8Linear(layer_of(weight))
+    x8, of_x = round_rows(x[:FEW].bfloat16())
+    report.check("float8: rows are rounded as step by step", torch.equal(x8, round_reference(x[:FEW].bfloat16())[0]))
+    few = [f(x8, of_x, stored.codes, stored.scale, torch.float32) for f in (few_rows_product, few_rows_product.reference)]  # fmt: skip  # noqa: E501
+    report.check("float8: the product of few rows is what is emulated", relative_error(*few) < 1e-5,
+                 f"{relative_error(*few):.1e}")  # fmt: skip
     for scaling in ("tensor", "row"):
         found = {}
         for name, product in (("here", product_for(device)), ("emulated", emulated_product)):
-            layer = Float8Linear.of(nn.Linear(256, 512, False, device), scaling)
-            layer.weight.data.copy_(weight)
+            layer = Float8Linear.of(layer_of(weight), scaling)
             layer.product = product
             x_leaf = x.bfloat16().requires_grad_()
             y = layer(x_leaf)
@@ -120,6 +126,13 @@ def check(report, s, device, _):
             gaps = [relative_error(a, b) for a, b in zip(found["here"], found["emulated"])]
             report.check(f"float8, a scale a {scaling}: the hardware computes what is emulated", max(gaps) < 1e-2,
                          ", ".join(f"{g:.1e}" for g in gaps))  # fmt: skip
+
+
+def layer_of(weight):
+    """A plain layer with this weight (out, in)."""
+    layer = nn.Linear(*weight.shape[::-1], bias=False, device=weight.device)
+    layer.weight.data.copy_(weight)
+    return layer
 
 
 # -- products
@@ -194,7 +207,7 @@ def steps(report, s, device, shape):
     model.to(device)
     rivals = rivals_of(model, device)
     if shape == "1.1B":  # each costs a compilation
-        rivals = {name: rival for name, rival in rivals.items() if "float16" not in name and name != "float32"}
+        rivals = {name: rival for name, rival in rivals.items() if name.split(",")[0] not in ("float16", "float32")}
     optimizer = build_optimizer(model, "adamw", 1e-4, 0.1)
     objective = NextToken(lambda model, tokens: Uniform(tokens, model.specs, model.kernel))
     if gpu:
@@ -219,7 +232,11 @@ def steps(report, s, device, shape):
 
 
 def check_gradients(report, shape, takers, batches, tokens, base):
-    """The direction of each rival's gradient, as it is timed: what is fast and wrong shows here."""
+    """The direction of each rival's gradient, as it is timed: what is fast and wrong shows here.
+
+    Rounding adds up over layers, all the more before training, when gradients are small sums of large parts; but what
+    is wrong stands at right angles: among so many numbers, cosines of chance are about 1e-4.
+    """
     found = {}
     for name in sorted(takers, key=lambda name: name != base):  # the base first
         takers[name].backward(batches, tokens)
@@ -228,7 +245,7 @@ def check_gradients(report, shape, takers, batches, tokens, base):
             parameter.grad = None
         found.setdefault("base", gradient)
         cosine = float(nn.functional.cosine_similarity(gradient, found["base"], dim=0))
-        report.check(f"{shape}: the gradient in {name} points where that in {base} does", cosine > 0.95,
+        report.check(f"{shape}: the gradient in {name} points where that in {base} does", cosine > 0.8,
                      f"cosine {cosine:.4f}")  # fmt: skip
 
 
@@ -303,9 +320,9 @@ def inference(report, s, device, shape):
                peer_name=plain_name, higher_is_better=False, limit=sizes[plain_name] / dtype.itemsize / 2**20,
                limit_name="one byte a weight")  # fmt: skip
     logits = [model(torch.arange(64, device=device)[None]) for model in models.values()]
-    report.check(f"{shape}: logits of float8 weights", relative_error(*logits[::-1]) < 0.25,
+    report.check(f"{shape}: logits of float8 weights", relative_error(*logits[::-1]) < 0.35,
                  f"relative difference {relative_error(*logits[::-1]):.3f} with random weights")  # fmt: skip
-    for rows in (1, 16):
+    for rows in (1, 4, 16, 64, 512):
         tokens = torch.randint(0, config.vocab_size, (rows, 1), device=device)
         timings = measure({n: forwarding(m, tokens, gpu) for n, m in models.items()}, s.REPEATS, 2, device)
         calls = 20 if gpu else 1

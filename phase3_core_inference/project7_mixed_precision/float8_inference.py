@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from common.modules import swap_modules
 from phase1_foundation.project3_pretrain.head import autocast_dtype
-from phase3_core_inference.project7_mixed_precision.float8 import E4M3, MULTIPLE, cast, product_for, to_float8
+from phase3_core_inference.project7_mixed_precision.few_rows import (
+    FEW,
+    few_rows_product,
+    have_kernels,
+    round_reference,
+    round_rows,
+)
+from phase3_core_inference.project7_mixed_precision.float8 import E4M3, MULTIPLE, cast, product_for
 
 
 def power_of_two_below(x: Tensor) -> Tensor:
@@ -35,7 +42,8 @@ class StoredProduct(torch.autograd.Function):
     PAPER: "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv:2305.14314, section 3, equation 5.
     PAPER CONTEXT: the stored weight is dequantized in both passes; its gradient is not needed, that of its input is.
     INTUITION: the notes are final, but whoever wrote into them what they were asked may still learn from the answer.
-    IMPLEMENTATION: dx = g W, W = codes * scale, in the compute dtype; the rounding of x is passed straight through.
+    IMPLEMENTATION: few rows have a kernel of their own (few_rows.py), many go to the tensor cores' float8 product.
+        dx = g W, W = codes * scale, in the compute dtype; the rounding of x is passed straight through.
     WHY: rounding has no derivative, and neither have the tensor cores' products; adapters below need one.
 
     Args: x (N, in), codes (out, in) uint8, scale (out, 1), dtype of the result, `product`.
@@ -46,8 +54,12 @@ class StoredProduct(torch.autograd.Function):
         """x (N, in) -> (N, out)."""
         ctx.save_for_backward(codes, scale)
         ctx.dtype, ctx.of_x = dtype, x.dtype
-        x8, of_x = to_float8(x, E4M3, dim=1)
-        return product(x8, codes.view(E4M3).t(), of_x, scale.float().t(), dtype, True)
+        # Compiled code fuses the steps of the rounding with what comes before; launched one by one they take too long.
+        fused = torch.compiler.is_compiling() or not have_kernels(x)
+        x8, of_x = round_reference(x) if fused else round_rows(x)
+        if have_kernels(x) and x.shape[0] <= FEW:
+            return few_rows_product(x8, of_x, codes, scale, dtype)
+        return product(x8.view(E4M3), codes.view(E4M3).t(), of_x, scale.float().t(), dtype, True)
 
     @staticmethod
     def backward(ctx, grad):

@@ -76,6 +76,7 @@ def layer_products(layer, x, grad):
     def run():
         with torch.autocast(x.device.type, torch.bfloat16, enabled=real):
             y = call(x)
-        return y, *torch.autograd.grad(y, [x, *layer.parameters()], grad)
+        # detached: a kept graph would tie the next backward to the stream of this one
+        return y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], grad)
 
     return run

@@ -5,7 +5,7 @@ This file implements the same model in all precisions, each ready to train, foll
 - "Mixed Precision Training" (Micikevicius et al., 2017) - float16 with a scaled loss, ours and torch's
 - "FP8 Formats for Deep Learning" (Micikevicius et al., 2022) - float8 in linear layers, ours and torchao's
 
-Only benchmark.py uses it.
+Only benchmarks use it.
 
 Each component is explained with paper references for educational purposes.
 """

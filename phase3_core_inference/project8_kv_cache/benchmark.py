@@ -9,6 +9,7 @@ step by the ways to read the cache. generate: tokens per second of whole continu
 many. memory: of the cache, against the formula. On a GPU decode steps are recorded into CUDA graphs.
 """
 
+import dataclasses
 import functools
 import tempfile
 import traceback
@@ -28,6 +29,7 @@ from phase3_core_inference.project8_kv_cache.generation import SamplingParams, W
 from phase3_core_inference.project8_kv_cache.kv_cache import ContiguousCache
 from phase3_core_inference.project8_kv_cache.sliding_cache import SlidingCache
 from phase3_core_inference.project8_kv_cache.stores import bytes_per_token
+from phase3_core_inference.project8_kv_cache.work import quarter_octaves
 
 CLAIM = "10–30× (the roadmap's)"
 SHAPES = {
@@ -57,7 +59,7 @@ def main(argv=None):
         report = Report("project8_kv_cache", "KV cache and generation", run.device, keep=len(s.PARTS) < len(PARTS))
         failed = {}
         for part in s.PARTS:
-            for name in s.MODELS if part == "generate" else [s.LENGTH_MODEL]:
+            for name in s.MODELS if part in ("length", "kernels", "generate") else s.MODELS[:1]:
                 try:
                     PARTS[part](report, s, run.device, name)
                 except Exception as error:
@@ -139,7 +141,7 @@ def bytes_read(model, n_rows, length):
 
 
 @torch.no_grad()
-def check(report, s, device, _):
+def check(report, s, device, name):
     """The same greedy tokens as `transformers`, in float32; the logits of recorded steps in the type that is timed."""
     torch.set_float32_matmul_precision("highest")
     shape = {"vocab_size": 512, "block_size": 128, "n_layer": 2, "n_head": 4, "n_embd": 64}
@@ -156,7 +158,7 @@ def check(report, s, device, _):
             theirs = transformers.AutoModelForCausalLM.from_pretrained(to_huggingface(model, None, folder)).to(device)
         same = writes(model.to(device), 4, graphs=True)(prompts, 60) == writes_theirs(theirs)(prompts, 60)
         report.check(f"{family}: greedy tokens are those of transformers", same, "4 prompts, 60 tokens, float32")
-    model = ours_of(SHAPES[s.LENGTH_MODEL], device)
+    model = ours_of(SHAPES[name], device)
     tokens = torch.randint(0, model.config.vocab_size, (200,), device=device)
     exact = model(tokens)
     dtype = next(model.parameters()).dtype
@@ -165,14 +167,16 @@ def check(report, s, device, _):
     got = torch.cat([decoder.step([(0, 1, 1)], tokens[i : i + 1].tolist()).clone() for i in range(190, 200)])
     error = float((got - exact[190:]).norm() / exact[190:].norm())
     close = error < (2e-2 if dtype == torch.bfloat16 else 1e-4)
-    report.check(f"{s.LENGTH_MODEL}: logits of recorded steps are those without a cache", close,
+    report.check(f"{name}: logits of recorded steps are those without a cache", close,
                  f"relative difference {error:.1e} in {dtype}")  # fmt: skip
 
 
 @torch.no_grad()
 def measure_length(report, s, device, name):
     """Time per token behind a text of each length, batch 1; draws the curves."""
-    model, theirs = ours_of(SHAPES[name], device), theirs_of(SHAPES[name], device, report)
+    room = quarter_octaves(max(s.LENGTHS) + s.LENGTH_TOKENS + 1)  # kernels like even sizes
+    config = dataclasses.replace(SHAPES[name], block_size=room)
+    model, theirs = ours_of(config, device), theirs_of(config, device, report)
     speed = bandwidth(device)
     ways = {
         "without a cache": lambda prompts, n: list(stream_uncached(model, prompts[0].tolist(), n, temperature=0.0)),
@@ -195,8 +199,8 @@ def measure_length(report, s, device, name):
             lines[way][1].append(value)
         length_rows(report, name, length, ms, n)
     for way, (xs, ys) in lines.items():
-        report.series(f"ms a token, {way}", xs, ys)
-    curves(report.folder / f"project8_kv_cache.{report.slug}.png", lines, "tokens before",
+        report.series(f"{name}: ms a token, {way}", xs, ys)
+    curves(report.folder / f"project8_kv_cache.{name}.{report.slug}.png", lines, "tokens before",
            "ms a token", f"{name}, batch 1", logx=True, logy=True)  # fmt: skip
 
 
@@ -217,15 +221,16 @@ def length_rows(report, name, length, ms, n):
 @torch.no_grad()
 def measure_kernels(report, s, device, name):
     """A decode step of a full batch by each kernel, after few and many tokens."""
-    model = ours_of(SHAPES[name], device)
+    capacity = max(s.KERNEL_LENGTHS) + 64
+    model = ours_of(dataclasses.replace(SHAPES[name], block_size=capacity), device)
     dtype, speed = next(model.parameters()).dtype, bandwidth(device)
     for n_rows in s.BATCHES:
         work, tokens = [(row, 1, 1) for row in range(n_rows)], [1] * n_rows
-        for length in (128, 960):
-            decoders = {}
-            for kernel in ("sdpa", "products"):
-                cache = ContiguousCache(model.specs, n_rows, 1024, dtype, device, kernel=KERNELS[kernel], padded=True)
-                decoders[kernel] = FastDecoder(model, cache)
+        decoders = {}
+        for kernel in ("sdpa", "products"):
+            cache = ContiguousCache(model.specs, n_rows, capacity, dtype, device, kernel=KERNELS[kernel], padded=True)
+            decoders[kernel] = FastDecoder(model, cache)
+        for length in s.KERNEL_LENGTHS:
 
             def step(decoder, length=length, work=work, tokens=tokens):
                 decoder.cache.lengths[:] = [length] * len(work)  # what was not written is zeros: they cost the same
@@ -285,10 +290,10 @@ def sampled(report, s, name, prompts, way, greedy, device):
 
 
 @torch.no_grad()
-def measure_memory(report, s, device, _):
+def measure_memory(report, s, device, name):
     """Bytes of caches against the formula, and what windows save."""
-    for name in s.MODELS:
-        config = SHAPES[name]
+    for shape in s.MODELS:
+        config = SHAPES[shape]
         with torch.device("meta"):
             specs = Transformer(config).specs
         dtype, n_rows, capacity = torch.bfloat16, 8, config.block_size
@@ -300,15 +305,15 @@ def measure_memory(report, s, device, _):
         else:
             cache = ContiguousCache(specs, n_rows, capacity, dtype, device)
             taken = cache.nbytes
-        report.row(f"{name}: memory of a cache of 8 rows of 1,024", taken / 2**20, "MiB", limit=formula / 2**20,
+        report.row(f"{shape}: memory of a cache of 8 rows of 1,024", taken / 2**20, "MiB", limit=formula / 2**20,
                    limit_name="2 L Hkv D values a token", higher_is_better=False,
                    note=f"bfloat16; {bytes_per_token(specs, dtype):,} bytes a token, one spare slot a row")  # fmt: skip
         del cache
-    windows = tuple(128 if i % 4 else None for i in range(SHAPES[s.LENGTH_MODEL].n_layer))
+    windows = tuple(128 if i % 4 else None for i in range(SHAPES[name].n_layer))
     with torch.device("meta"):
-        specs = Transformer(type(config)(**SHAPES[s.LENGTH_MODEL].to_dict() | {"windows": windows})).specs
+        specs = Transformer(type(config)(**SHAPES[name].to_dict() | {"windows": windows})).specs
     sliding, full = (kind(specs, 8, 1024, torch.bfloat16).nbytes for kind in (SlidingCache, ContiguousCache))
-    report.row(f"{s.LENGTH_MODEL}, windows of 128 in three layers of four: memory with rings", sliding / 2**20,
+    report.row(f"{name}, windows of 128 in three layers of four: memory with rings", sliding / 2**20,
                "MiB", peer=full / 2**20, peer_name="contiguous", higher_is_better=False,
                note="8 rows of 1,024, chunk 128")  # fmt: skip
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from common import catalog
 from phase3_core_inference.project8_kv_cache.decoder import Decoder, FastDecoder
+from phase3_core_inference.project8_kv_cache.drawing import RecordedDraws, draw_among
 from phase3_core_inference.project8_kv_cache.kv_cache import KVCache
 from phase3_core_inference.project8_kv_cache.sampling import Logprobs, Sampler
 from phase3_core_inference.project8_kv_cache.sampling_params import SamplingParams
@@ -127,6 +128,7 @@ class Writer:
         capacity = min(quarter_octaves(self.room), block_size)
         self.cache = build(model.specs, n_rows, capacity, dtype=weight.dtype, device=weight.device, **options)
         self.decoder = FastDecoder(model, self.cache, compiled, graphs) if fast else Decoder(model, self.cache)
+        self._among = RecordedDraws() if graphs else draw_among
         self._held: set[int] = set()  # rows of texts that have not ended
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -184,7 +186,7 @@ class Writer:
         seeds = [random.getrandbits(62) if p.seed is None else p.seed for p in params]
         device = next(self.model.parameters()).device
         prompts = [request.tokens for request in requests]
-        sampler = Sampler(params, seeds, prompts, self.tokenizer.vocab_size, device)
+        sampler = Sampler(params, seeds, prompts, self.tokenizer.vocab_size, device, self._among)
         while rows := [row for row, request in enumerate(requests) if request.finish_reason is None]:
             work, tokens = self._next_work(rows, requests)
             logits = self.decoder.step(work, tokens)

@@ -41,8 +41,8 @@ def noise_keys(seeds: Sequence[int], positions: Sequence[int]) -> list[int]:
     ]
 
 
-def gumbel(keys: Tensor, vocab_size: int) -> Tensor:
-    """Gumbel noise for every token: keys (R,) int64 -> (R, V) float32.
+def gumbel(keys: Tensor, tokens: Tensor) -> Tensor:
+    """Gumbel noise for some tokens: keys (R, 1) int64, tokens (n,) or (R, n) int64 -> (R, n) float32.
 
     PAPER: drawing as in "The Curious Case of Neural Text Degeneration", arXiv:1904.09751, section 3; the noise is
         splitmix64 by counter, and the Gumbel-max trick: practice rather than a paper.
@@ -53,7 +53,7 @@ def gumbel(keys: Tensor, vocab_size: int) -> Tensor:
         from softmax. Small u win, where float32 is finest. Shifts of int64 carry the sign, so bits are masked.
     WHY: a generator's state would tie a request's text to its neighbours in the batch, and to being preempted.
     """
-    x = keys.unsqueeze(-1) + torch.arange(1, vocab_size + 1, device=keys.device) * _signed(_GOLDEN)
+    x = keys + (tokens + 1) * _signed(_GOLDEN)
     x = (x ^ ((x >> 30) & (_MASK >> 30))) * _signed(_FIRST)
     x = (x ^ ((x >> 27) & (_MASK >> 27))) * _signed(_SECOND)
     x = x ^ ((x >> 31) & (_MASK >> 31))

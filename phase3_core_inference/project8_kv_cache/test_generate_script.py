@@ -82,8 +82,9 @@ def test_the_benchmark_refuses_what_cannot_be_measured():
     from common import settings
 
     for flags, said in (
-        (["--parts", "speed"], "PARTS=.* must name some of checks"), (["--length_model", "9B"], "LENGTH_MODEL=9B"),
-        (["--lengths", "1024"], "exceed the block_size of 1024"), (["--batches", "0"], "BATCHES="),
+        (["--parts", "speed"], "PARTS=.* must name some of checks"), (["--models", "9B"], "MODELS=.* must name"),
+        (["--prompt_tokens", "1000"], "exceed the block_size of 1024"), (["--lengths", "0"], "LENGTHS="),
+        (["--batches", "0"], "BATCHES="),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             settings.load(benchmark_config, flags)

@@ -265,6 +265,22 @@ def test_the_default_kernel_belongs_to_the_device():
     assert ContiguousCache(MODELS["gpt2"].specs, 1, 8, kernel=by_length).kernel is by_length
 
 
+@pytest.mark.parametrize(
+    ("rows", "queries", "heads", "kv_heads", "keys", "chosen"),
+    [
+        (1, 1, 8, 2, 2048, "products"), (1, 1, 8, 2, 1024, "sdpa"), (1, 1, 8, 8, 2048, "sdpa"),
+        (5, 1, 8, 2, 2048, "sdpa"), (1, 4, 8, 8, 64, "products"), (1, 17, 8, 2, 2048, "sdpa"),
+    ],
+)  # fmt: skip
+def test_by_length_chooses_by_shape_and_all_kernels_agree(rows, queries, heads, kv_heads, keys, chosen):
+    q = torch.randn(rows, queries, heads, 16)
+    k, v = torch.randn(2, rows, kv_heads, keys, 16)
+    bias = torch.zeros(rows, queries, keys).masked_fill(torch.rand(rows, queries, keys) < 0.3, -torch.inf)
+    results = {name: kernel(q, k, v, bias, 0.25) for name, kernel in KERNELS.items()}
+    assert torch.equal(results["length"], results[chosen])
+    torch.testing.assert_close(results["sdpa"], results["products"])
+
+
 def test_gradients_do_not_pass_into_the_cache():
     model = Transformer(SHAPES["gpt2"])
     cache = ContiguousCache(model.specs, 1, LONG)

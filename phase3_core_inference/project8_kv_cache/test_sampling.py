@@ -5,8 +5,9 @@ import torch
 import transformers
 
 from phase1_foundation.project1_minimal_gpt.sampling import next_token_probabilities
+from phase3_core_inference.project8_kv_cache.drawing import RecordedDraws, cut_tail, draw_among, penalize
 from phase3_core_inference.project8_kv_cache.noise import gumbel, noise_keys, scramble
-from phase3_core_inference.project8_kv_cache.sampling import Sampler, cut_tail, penalize
+from phase3_core_inference.project8_kv_cache.sampling import Sampler
 from phase3_core_inference.project8_kv_cache.sampling_params import SamplingParams
 
 V = 50
@@ -63,7 +64,9 @@ def test_the_penalty_is_that_of_transformers():
 def test_noise_is_splitmix64_and_gumbel():
     keys = noise_keys([3, -1], [0, 10**6])
     assert all(-(2**63) <= key < 2**63 for key in keys)
-    noise = gumbel(torch.tensor(keys), 5)
+    noise = gumbel(column(*keys), torch.arange(5))
+    ids = torch.tensor([[4, 0], [1, 3]])
+    assert torch.equal(gumbel(column(*keys), ids), noise.gather(1, ids))  # of a token, wherever it stands
     for key, row in zip(keys, noise):
         for token, value in enumerate(row):
             u = ((scramble(key + (token + 1) * 0x9E3779B97F4A7C15) >> 24) + 0.5) / 2**40
@@ -75,13 +78,13 @@ def test_noise_draws_from_the_distribution():
     """Chi-square over 20,000 positions: at the 0.1% level for 7 degrees of freedom, the seed fixed."""
     p = torch.tensor([0.4, 0.2, 0.15, 0.1, 0.08, 0.04, 0.02, 0.01])
     for keys in (noise_keys([5] * 20_000, range(20_000)), noise_keys(range(20_000), [5] * 20_000)):
-        drawn = (p.log() + gumbel(torch.tensor(keys), 8)).argmax(-1).bincount(minlength=8)
+        drawn = (p.log() + gumbel(column(*keys), torch.arange(8))).argmax(-1).bincount(minlength=8)
         expected = p * 20_000
         assert float(((drawn - expected) ** 2 / expected).sum()) < 24.3
 
 
 def test_noise_of_neighbours_is_independent():
-    noise = gumbel(torch.tensor(noise_keys([1] * 200, range(200))), 500)
+    noise = gumbel(column(*noise_keys([1] * 200, range(200))), torch.arange(500))
     for a, b in ((noise[1:], noise[:-1]), (noise[:, 1:], noise[:, :-1])):
         correlation = torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1]
         assert abs(float(correlation)) < 0.015  # five standard deviations of 100,000 pairs
@@ -118,11 +121,58 @@ def test_all_of_the_distribution_is_all_of_it_beside_a_neighbour_that_cuts(monke
     assert cut[0].isfinite().all() and not cut[1].isfinite().all()
     rarest = int(logits[0].argmin())
     luck = torch.zeros(20_000).index_fill(0, torch.tensor([rarest]), 100.0)
-    monkeypatch.setattr("phase3_core_inference.project8_kv_cache.sampling.gumbel", lambda keys, vocab_size: luck)
+    monkeypatch.setattr("phase3_core_inference.project8_kv_cache.drawing.gumbel", lambda keys, tokens: luck[tokens])
     params = [SamplingParams(top_p=1.0), SamplingParams(top_p=0.9)]
     for n in (1, 2):  # alone and beside
         sampler = Sampler(params[:n], range(n), [[1]] * n, 20_000, "cpu")
         assert sampler.draw(logits[:n], range(n), [0] * n).tokens[0] == rarest
+
+
+CUTS = [
+    SamplingParams(top_k=5), SamplingParams(top_k=300), SamplingParams(top_p=0.9), SamplingParams(top_p=0.9, top_k=30),
+    SamplingParams(min_p=0.02), SamplingParams(top_p=0.3, min_p=0.001), SamplingParams(top_k=9, top_p=0.999),
+    SamplingParams(temperature=0.0), SamplingParams(), SamplingParams(temperature=3.0, top_p=0.97),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("step", [None, 0.5])
+def test_the_likeliest_tokens_are_enough_or_all_are_looked_at(monkeypatch, step):
+    """The same draws whether candidates are looked at first or not, also where many logits are equal."""
+    generator, size, n = torch.Generator().manual_seed(5), 2000, len(CUTS)
+    for position in range(20):
+        logits = torch.randn(n, size, generator=generator) * 2
+        logits = (logits / step).round() * step if step else logits
+        rounds = []
+
+        def among(n, *arguments, rounds=rounds):
+            rounds.append((n, draw_among(n, *arguments)))
+            return rounds[-1][1]
+
+        sampler, drawn = Sampler(CUTS, range(n), [[1]] * n, size, "cpu", among), []
+        for candidates in (64, size):
+            monkeypatch.setattr("phase3_core_inference.project8_kv_cache.sampling.CANDIDATES", candidates)
+            drawn.append(sampler.draw(logits, range(n), [position] * n).tokens)
+        assert drawn[0] == drawn[1]
+        (first, some), (rest, others), _ = rounds
+        settled = (some >= 0).tolist()
+        assert (first, rest, len(others)) == (64, size, settled.count(False))
+        assert not settled[1] and not settled[8], "300 tokens, or all, are more than 64"
+        if not step:
+            assert all(settled[i] for i in (0, 3, 6, 7)), "these leave fewer than 64"
+
+
+def test_recorded_draws_fill_up_rows_and_draw_the_same():
+    draws = RecordedDraws()
+    for n in (1, 2, 3, 5):
+        params = MIX[:n]
+        samplers = [Sampler(params, range(n), PROMPTS, V, "cpu", among) for among in (draw_among, draws)]
+        ours, theirs = (s.draw(draw_logits(n), range(n), range(n)).tokens for s in samplers)
+        assert ours == theirs
+    assert sorted(draws._recorded) == [
+        (V, False, 2, V),
+        (V, True, 4, V),
+        (V, True, 8, V),
+    ]  # a lone greedy request draws nothing
 
 
 def test_greedy_rows_stay_greedy_in_a_batch_that_draws():

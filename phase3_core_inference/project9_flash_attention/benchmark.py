@@ -5,13 +5,11 @@
 
 attention: TFLOP/s forward and backward by length, windows and documents, against PyTorch's flash and cuDNN kernels.
 decode: bytes a second of one query over a long cache. cache: decoding steps through project 8's cache. memory: the peak
-of plain, tiled and fused attention. step: a training step of GPT-2 124M, also with heads of 128, by kernel. Kernels are
-timed on the GPU's own clock, several launches in one CUDA graph, in turn with their peers.
+of plain, tiled and fused attention. step: a training step of GPT-2 124M, also with heads of 128, by kernel. together:
+what these kernels and project 7's float8 bring to a training step of 1.1B parameters. Kernels are timed on the GPU's
+own clock, several launches in one CUDA graph, in turn with their peers.
 """
 
-import copy
-import dataclasses
-import functools
 import os
 import subprocess
 import sys
@@ -21,29 +19,25 @@ import torch
 import torch.nn.functional as F
 
 from common import ROOT
-from common.benchmark import Report, measure, measure_recorded
+from common.benchmark import Report, measure_recorded
 from common.device import peak_flops
 from common.kernels import relative_error
 from common.plots import curves
 from common.run import Run
-from phase1_foundation.project3_pretrain.fused_loss import use_fused_loss
-from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
-from phase1_foundation.project3_pretrain.optimizers import build_optimizer
-from phase1_foundation.project3_pretrain.plans import Causal, prefer, sdpa
-from phase1_foundation.project3_pretrain.trainer import NextToken, Step
-from phase3_core_inference.project7_mixed_precision.float8_inference import store_float8
-from phase3_core_inference.project8_kv_cache.attention import KERNELS as CACHE_KERNELS
-from phase3_core_inference.project8_kv_cache.decoder import FastDecoder
-from phase3_core_inference.project8_kv_cache.kv_cache import ContiguousCache
+from phase1_foundation.project3_pretrain.plans import prefer, sdpa
 from phase3_core_inference.project9_flash_attention import benchmark_config, gluon_attention
-from phase3_core_inference.project9_flash_attention.cached_attention import split_attention
 from phase3_core_inference.project9_flash_attention.decoding import flash_decode
 from phase3_core_inference.project9_flash_attention.flash_attention import flash_attention
 from phase3_core_inference.project9_flash_attention.memory import peak_of, plain_attention
 from phase3_core_inference.project9_flash_attention.reference import tiled_attention
+from phase3_core_inference.project9_flash_attention.whole_steps import (
+    PEERS,
+    measure_cached_step,
+    measure_step,
+    measure_together,
+    ours,
+)
 
-TINY_LLAMA = PRESETS["llama-7b"](n_layer=22, n_embd=2048, n_kv_head=4, n_ff=5632, block_size=1024)
-PEERS = {"SDPA flash": "flash", "cuDNN": "cudnn"}
 CLAIMS = {  # H100, causal, forward, 16k tokens: FlashAttention-3's repository and paper
     64: "FlashAttention-2: 299, FlashAttention-3: 473 (H100)",
     128: "FlashAttention-2: 335, FlashAttention-3: 616 (H100)",
@@ -89,17 +83,6 @@ def main(argv=None):
         report.finish()
         if failed:
             raise ValueError("; ".join(f"the part {name} failed: {error}" for name, error in failed.items()))
-
-
-def ours():
-    """Our kernels by name: the Gluon forward only where it runs."""
-    kernels = {"Triton": flash_attention}
-    try:
-        gluon_attention.require_hopper()
-        kernels["Gluon"] = gluon_attention.gluon_attention
-    except ValueError as error:
-        print(f"without the Gluon kernel: {error}")
-    return kernels
 
 
 # -- attention
@@ -299,36 +282,6 @@ def sdpa_decode(q, k, v, backend):
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]).squeeze(2)
 
 
-@torch.no_grad()
-def measure_cached_step(report, s, device):
-    """A decoding step of whole models through project 8's cache, recorded, by what reads the cache; weights of one byte
-    beside those of two."""
-    if device.type != "cuda":
-        report.skip("decoding step through the cache", "needs a GPU")
-        return
-    for name, config in (("124M", PRESETS["gpt2"]()), ("1.1B", TINY_LLAMA)):
-        with device:
-            model = Transformer(config).to(torch.bfloat16).eval()
-        for rows in (1, 64):
-            work, tokens, timed = [(row, 1, 1) for row in range(rows)], [1] * rows, {}
-            models = {"": model} | ({", fp8 weights": store_float8(copy.deepcopy(model))} if name == "1.1B" else {})
-            for kernel, read in {**CACHE_KERNELS, "flash": split_attention}.items():
-                for weights, one in models.items():
-                    cache = ContiguousCache(one.specs, rows, 1024, torch.bfloat16, device, kernel=read, padded=True)
-                    timed[kernel + weights] = functools.partial(cached_steps, FastDecoder(one, cache), work, tokens)
-            ms = {key: timing.median / 8e-3 for key, timing in measure(timed, s.REPEATS, 2, device).items()}
-            for key in (key for key in ms if key != "sdpa"):
-                report.row(f"{name}, batch {rows}: decoding step after 960 tokens, {key}", ms[key], "ms",
-                           peer=ms["sdpa"], peer_name="SDPA with a mask", higher_is_better=False)  # fmt: skip
-
-
-def cached_steps(decoder, work, tokens):
-    """Eight steps behind 960 tokens; what was never written is zeros, and costs the same."""
-    decoder.cache.lengths[:] = [960] * len(work)
-    for _ in range(8):
-        decoder.step(work, tokens)
-
-
 BACKEND_NAMES = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "math": "MATH"}
 
 # -- memory
@@ -363,60 +316,13 @@ def allocated(kernel, inputs, scale, backward):
     return torch.cuda.max_memory_allocated() - before
 
 
-# -- a training step
-
-
-def measure_step(report, s, device):
-    """A whole training step of the 124M model by kernel, all else alike: forward, backward, clipping, AdamW."""
-    if device.type != "cuda":
-        report.skip("124M training step by kernel", "needs a GPU")
-        return
-    kernels = ours() | {name: prefer(backend, "flash") for name, backend in PEERS.items()}
-    for heads in s.STEP_HEADS:
-        for T in s.STEP_LENGTHS:
-            torch._dynamo.reset()
-            config = PRESETS["gpt2"](n_head=heads, block_size=T, vocab_size=50304)
-            steps = {name: _step_of(config, kernel, s.STEP_TOKENS // T, device) for name, kernel in kernels.items()}
-            timings = measure(steps, s.REPEATS, 2, device)
-            for name in ours():
-                rate = timings[name].rate(s.STEP_TOKENS)
-                for peer in PEERS:
-                    report.row(f"124M training step, {heads} heads, T={T:,}: {name} against {peer}", rate[0], "tok/s",
-                               spread=rate[1:], peer=s.STEP_TOKENS / timings[peer].median, peer_name=peer,
-                               note=f"{s.STEP_TOKENS:,} tokens a step, bf16, compiled layer by layer")  # fmt: skip
-            del steps
-            torch.cuda.empty_cache()
-
-
-def _as_layer_0(compiled, x, plan, layer):
-    """A compiled layer, whose number would be compiled anew each time."""
-    return compiled(x, plan, 0)
-
-
-def _step_of(config, kernel, rows, device):
-    """One optimizer step. Layers are compiled, not the model: all told to be layer 0, they share code."""
-    torch.manual_seed(0)
-    model = use_fused_loss(Transformer(config)).to(device).use_attention(kernel)
-    for block in model.blocks:
-        block.forward = functools.partial(_as_layer_0, torch.compile(block.forward))
-    spec = dataclasses.replace(model.specs[0])  # a copy, or the compiler would tell the layer that owns it apart
-    objective = NextToken(lambda model, tokens: Causal(tokens, [spec], kernel))
-    step = Step(model, objective, build_optimizer(model, "adamw", 1e-4, 0.1), 1.0, torch.bfloat16)
-    batch = tuple(torch.randint(0, config.vocab_size, (2, rows, config.block_size)))
-
-    def take():
-        step.backward([batch], batch[0].numel())
-        step.update(1.0)
-
-    return take
-
-
 PARTS = {
     "attention": measure_attention,
     "decode": measure_decode,
     "cache": measure_cached_step,
     "memory": measure_memory,
     "step": measure_step,
+    "together": measure_together,
 }
 
 if __name__ == "__main__":

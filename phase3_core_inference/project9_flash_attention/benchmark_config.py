@@ -5,7 +5,7 @@ import sys
 from common import settings as common_settings
 from common.device import pick_device
 
-_PARTS = ("attention", "decode", "cache", "memory", "step")
+_PARTS = ("attention", "decode", "cache", "memory", "step", "together")
 
 # == Benchmark ==
 DEVICE = pick_device()  # cuda, mps or cpu

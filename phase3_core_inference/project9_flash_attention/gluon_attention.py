@@ -39,7 +39,7 @@ class Schedule(NamedTuple):
     ping_pong: bool
 
 
-# Head size -> what was fastest on an H100 (for 64, another run found turns to cost a little). `keys` is the number of
+# Head size -> what was fastest on an H100 (for 64, taking turns or not makes no difference). `keys` is the number of
 # queries of a program: one tile then holds its whole diagonal.
 SCHEDULES = {64: Schedule(128, 4, True), 128: Schedule(128, 2, False)}
 
