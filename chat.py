@@ -25,6 +25,7 @@ from phase1_foundation.project1_minimal_gpt.sampling import check_sampling
 from phase1_foundation.project3_pretrain.loading import load, newest_checkpoint
 from phase2_finetuning.project4_sft.other_templates import Transcript, template_for
 from phase3_core_inference.project8_kv_cache.answering import KeptWriter, answer
+from phase4_advanced_inference.project10_prompt_caching.prompt_cache import PromptCache
 
 # == Chat ==
 CHECKPOINT: str | None = None  # a checkpoint, a Hugging Face folder or org/name; none: the newest that was fine-tuned
@@ -35,6 +36,7 @@ TEMPERATURE = 0.7  # 0: always the likeliest token
 TOP_K: int | None = 50  # keep only the k most likely tokens; none: all
 TOP_P: float | None = 0.95  # keep only the likeliest tokens that together reach this; none: all
 SEED: int | None = None  # same answers every time; none: other ones
+MEMORY_MIB = 512  # for keys and values of earlier turns, which need not be read again; 0: none are kept
 
 _FINE_TUNED = ("project6", "project5", "project4", "speedrun/dpo", "speedrun/sft")  # below checkpoints/
 _COMMANDS = "/reset forgets the conversation, /save FILE writes it, /quit leaves; Ctrl-C ends an answer"
@@ -47,6 +49,8 @@ def validate_config(settings=None):
     check_sampling(s.TEMPERATURE, s.TOP_K, s.TOP_P)
     if s.MAX_NEW_TOKENS < 1:
         raise ValueError(f"MAX_NEW_TOKENS={s.MAX_NEW_TOKENS} must be at least 1")
+    if s.MEMORY_MIB < 0:
+        raise ValueError(f"MEMORY_MIB={s.MEMORY_MIB} must be at least 0")
 
 
 def print_config(settings=None):
@@ -79,7 +83,7 @@ class _Conversation:
 
     def __init__(self, model, template, settings):
         self.model, self.template, self.settings = model, template, settings
-        self.writer = KeptWriter(model, template.tokenizer)
+        self.writer = KeptWriter(model, template.tokenizer, PromptCache(settings.MEMORY_MIB * 2**20))
         self.reset()
 
     def reset(self):

@@ -14,7 +14,7 @@ import torch
 
 from phase2_finetuning.project4_sft.answering import Template, prompt_within
 from phase2_finetuning.project4_sft.conversations import Message
-from phase3_core_inference.project8_kv_cache.generation import SamplingParams, Writer
+from phase3_core_inference.project8_kv_cache.generation import Prefixes, SamplingParams, Writer
 from phase3_core_inference.project8_kv_cache.work import octaves
 
 
@@ -26,17 +26,21 @@ class KeptWriter:
     INTUITION: a notebook that lasts for many talks; when it is full, one twice as thick is bought.
     IMPLEMENTATION: room for a power of two of tokens. Step by step on a CPU; on a GPU decode steps are recorded.
     WHY: a recording pays only if later turns replay it; room for all of a long context would take gigabytes.
+
+    Args:
+        prefixes: what remembers earlier turns (project 10's PromptCache), also when a bigger writer takes over.
     """
 
-    def __init__(self, model: torch.nn.Module, tokenizer):
-        self.model, self.tokenizer, self._writer = model, tokenizer, None
+    def __init__(self, model: torch.nn.Module, tokenizer, prefixes: Prefixes | None = None):
+        self.model, self.tokenizer, self.prefixes, self._writer = model, tokenizer, prefixes, None
 
     def with_room(self, n_tokens: int) -> Writer:
         """A writer for a text of so many tokens."""
         if self._writer is None or self._writer.room < min(n_tokens, self.model.config.block_size):
             self._writer = None  # its memory first
             graphs = next(self.model.parameters()).is_cuda
-            self._writer = Writer(self.model, self.tokenizer, capacity=octaves(n_tokens), graphs=graphs)
+            self._writer = Writer(self.model, self.tokenizer, capacity=octaves(n_tokens), graphs=graphs,
+                                  prefixes=self.prefixes)  # fmt: skip
         return self._writer
 
 
@@ -57,8 +61,8 @@ def answer(
     PAPER CONTEXT: after supervised fine-tuning the model continues a prompt with an answer to it.
     INTUITION: the same play, but the actor no longer reads the script from page one before every word.
     IMPLEMENTATION: a stream up to the template's end tokens or end text; up to half of the context is kept free for the
-        answer. The conversation is prefilled anew each turn: keeping it is project 10's work. What writes it may be
-        kept: pass the same `writer` each turn.
+        answer. The conversation is prefilled anew each turn, unless the writer remembers it (project 10). What writes
+        it may be kept: pass the same `writer` each turn.
     WHY: an answer of T tokens costs T steps, not T forwards of everything said so far.
 
     The generator returns whether the answer is whole (the model ended it itself).

@@ -12,6 +12,7 @@ import operator
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from common import catalog
 from phase3_core_inference.project8_kv_cache.decoder import Decoder, FastDecoder
@@ -84,6 +85,18 @@ class _Request:
         return Piece(self.index, text, token, self.finish_reason, logprobs)
 
 
+class Prefixes(Protocol):
+    """What remembers the beginnings of texts between requests; first in project 10."""
+
+    def restore(self, cache: KVCache, row: int, tokens: Sequence[int]) -> int:
+        """Put what is known of the beginning of a text into an empty row: so many tokens, but never all of them."""
+        ...
+
+    def keep(self, cache: KVCache, row: int, tokens: Sequence[int]) -> None:
+        """Remember a text, whose keys and values are in this row."""
+        ...
+
+
 class Writer:
     """A model with a cache, ready to continue prompts; what was compiled or recorded serves all calls.
 
@@ -102,6 +115,7 @@ class Writer:
         model, tokenizer: as `load` gives them; n_rows: prompts at a time; capacity: tokens of each (None: block_size).
         cache: a name in the catalog's group "caches", or what builds one from (specs, n_rows, capacity, dtype, device).
         chunk: the most tokens of a prefill step; compiled, graphs: see `FastDecoder`.
+        prefixes: what remembers texts, so that a prompt that begins like one of them is not read again.
     """
 
     def __init__(
@@ -114,12 +128,13 @@ class Writer:
         chunk: int = 512,
         compiled: bool = False,
         graphs: bool = False,
+        prefixes: Prefixes | None = None,
     ):
         if tokenizer is None:
             raise ValueError("this model came without a tokenizer, so there is no text to read or write: add its files")
         if chunk < 1:
             raise ValueError(f"chunk={chunk} must be at least 1: the most tokens of a prefill step")
-        self.model, self.tokenizer, self.chunk = model, tokenizer, chunk
+        self.model, self.tokenizer, self.chunk, self.prefixes = model, tokenizer, chunk, prefixes
         build = catalog.resolve("caches", cache) if isinstance(cache, str) else cache
         weight, fast = next(model.parameters()), compiled or graphs
         options = {"padded": True, "round_keys": octaves if compiled else quarter_octaves} if fast else {}
@@ -186,6 +201,8 @@ class Writer:
         seeds = [random.getrandbits(62) if p.seed is None else p.seed for p in params]
         device = next(self.model.parameters()).device
         prompts = [request.tokens for request in requests]
+        for row, request in enumerate(requests if self.prefixes else ()):
+            request.fed = self.prefixes.restore(self.cache, row, request.tokens)
         sampler = Sampler(params, seeds, prompts, self.tokenizer.vocab_size, device, self._among)
         while rows := [row for row, request in enumerate(requests) if request.finish_reason is None]:
             work, tokens = self._next_work(rows, requests)
@@ -197,6 +214,8 @@ class Writer:
             for row, token, logprobs in zip(rows, drawn.tokens, drawn.logprobs):
                 piece = requests[row].accept(token, logprobs)
                 if piece.finish_reason:
+                    if self.prefixes:
+                        self.prefixes.keep(self.cache, row, requests[row].tokens[: self.cache.lengths[row]])
                     self.cache.free(row)
                     held.remove(row)
                 yield piece

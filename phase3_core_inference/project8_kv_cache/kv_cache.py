@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from phase1_foundation.project3_pretrain.plans import LayerSpec, Plan
 from phase3_core_inference.project8_kv_cache.attention import CacheKernel, best_kernel
@@ -190,6 +191,30 @@ class ContiguousCache:
     def step_limit(self) -> int:
         """The most new tokens of a row in one step."""
         return self.capacity
+
+    @torch.no_grad()
+    def read_tokens(self, row: int, start: int, stop: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys (n, Hkv, D) and values (n, Hkv, Dv) of some tokens of a row, copied, one pair a layer."""
+        if not 0 <= row < len(self.lengths) or not 0 <= start <= stop <= self.lengths[row]:
+            raise ValueError(f"tokens {start} to {stop} of row {row} are not in this cache: {self.lengths}")
+        return [store.read(row, start, stop) for store in self.stores]
+
+    @torch.no_grad()
+    def append_tokens(self, row: int, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Append tokens to a row whose keys and values are known, as `read_tokens` gives them, without a forward.
+
+        They must have been computed at the positions where they come to lie. Raises ValueError where they do not fit.
+        """
+        if len(layers) != len(self.stores):
+            raise ValueError(f"keys and values of {len(layers)} layers for a cache of {len(self.stores)}")
+        n = layers[0][0].shape[0]
+        check_work([(row, n, 0)], self.lengths, self.capacity)
+        start = self.lengths[row]
+        rows = torch.full((n,), row, device=self.device)
+        slots = torch.arange(start, start + n, device=self.device)
+        for store, (k, v) in zip(self.stores, layers):
+            store.write(rows, slots, k, v)
+        self._advance(row, start + n)
 
     def truncate(self, row: int, length: int) -> None:
         """Undo what came after the first `length` tokens of a row; raises ValueError for what it does not hold."""

@@ -46,6 +46,14 @@ class SlidingCache(ContiguousCache):
         """The most new tokens of a row in one step."""
         return self.chunk
 
+    def read_tokens(self, row: int, start: int, stop: int) -> list:
+        """Refused: what a ring has lost cannot be given away."""
+        raise ValueError("a SlidingCache does not keep the beginnings of texts: use a ContiguousCache")
+
+    def append_tokens(self, row: int, layers) -> None:
+        """Refused, as `read_tokens`."""
+        raise ValueError("a SlidingCache does not take over the beginnings of texts: use a ContiguousCache")
+
     def _slots(self, spec: LayerSpec) -> int:
         return self.capacity if spec.window is None else min(self.capacity, spec.window + self.chunk - 1)
 

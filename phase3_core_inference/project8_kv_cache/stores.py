@@ -39,6 +39,10 @@ class Store(Protocol):
         """The first slots of these rows, copied together."""
         ...
 
+    def read(self, row: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """What lies in some slots of a row, copied: keys (n, Hkv, D) and values (n, Hkv, Dv), as `write` takes them."""
+        ...
+
     def clear(self, row: int, n_slots: int) -> None:
         """Forget the first slots of a row."""
         ...
@@ -79,6 +83,10 @@ class PlainStore:
     def gather(self, rows: Tensor, n_slots: int) -> tuple[Tensor, Tensor]:
         """The first slots of these rows, copied together."""
         return self.k[:, :, :n_slots].index_select(0, rows), self.v[:, :, :n_slots].index_select(0, rows)
+
+    def read(self, row: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """What lies in some slots of a row, copied."""
+        return tuple(x[row, :, start:stop].transpose(0, 1).contiguous() for x in (self.k, self.v))
 
     def clear(self, row: int, n_slots: int) -> None:
         """Forget the first slots of a row: a nan left there would pass through a mask, as 0 * nan is nan."""
