@@ -41,14 +41,19 @@ def can_cast(x: Tensor) -> bool:
 def round_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """What `round_rows` computes, step by step."""
     codes, scale = to_float8(x, E4M3, dim=1)
-    return codes.view(torch.uint8), scale
+    return codes.contiguous().view(torch.uint8), scale
 
 
-@kernels.op("round_rows", round_reference, fake=lambda x: (torch.empty_like(x, dtype=torch.uint8), x.new_empty(x.shape[0], 1, dtype=torch.float32)), opaque=True)  # fmt: skip  # noqa: E501
+def _round_shapes(x):
+    """Empty results of `round_rows`."""
+    return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(x.shape[0], 1, dtype=torch.float32)
+
+
+@kernels.op("round_rows", round_reference, fake=_round_shapes, opaque=True)
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Round each row of x (M, K) to E4M3 with a scale of its own: codes (M, K) uint8, scales (M, 1) float32."""
     (M, K), x = x.shape, x.contiguous()
-    codes, scale = torch.empty_like(x, dtype=torch.uint8), x.new_empty(M, 1, dtype=torch.float32)
+    codes, scale = _round_shapes(x)
     if M:
         gpu_code().round_kernel[(M,)](x, codes, scale, K, BLOCK=1 << (K - 1).bit_length())
     return codes, scale
@@ -60,7 +65,9 @@ def few_rows_reference(x8: Tensor, of_x: Tensor, codes: Tensor, scale: Tensor, d
 
 
 def _shapes(x8, of_x, codes, scale, dtype):
-    """An empty result of `few_rows_product`."""
+    """An empty result of `few_rows_product`; refuses sizes that do not fit, of which the kernel would see nothing."""
+    if x8.shape[1] != codes.shape[1]:
+        raise ValueError(f"rows of {x8.shape[1]} values cannot be multiplied with a weight of {codes.shape[1]} inputs")
     return x8.new_empty(x8.shape[0], codes.shape[0], dtype=dtype)
 
 
@@ -72,7 +79,8 @@ def few_rows_product(x8: Tensor, of_x: Tensor, codes: Tensor, scale: Tensor, dty
         arXiv:2211.05102, section 2.
     PAPER CONTEXT: weights and activations in E4M3; at small batches the time to load the weights dominates.
     INTUITION: half the bytes are worth half the time only if nothing but reading takes time.
-    IMPLEMENTATION: one program for a few lines of the weight; the same numbers as the tensor cores' product.
+    IMPLEMENTATION: one program for a few lines of the weight; the codes and scales of the tensor cores' product,
+        summed in float32.
     WHY: that product is slower for few rows than one with weights of two bytes: see the benchmark.
     """
     (M, K), N = x8.shape, codes.shape[0]
@@ -80,18 +88,8 @@ def few_rows_product(x8: Tensor, of_x: Tensor, codes: Tensor, scale: Tensor, dty
     wide = min(1 << (K - 1).bit_length(), TILE)
     lines = max(1, TILE // wide)
     if M:
+        x8, of_x, codes, scale = (tensor.contiguous() for tensor in (x8, of_x, codes, scale))
         gpu_code().few_rows_kernel[(-(-N // lines),)](
-            x8.contiguous(),
-            of_x,
-            codes,
-            scale,
-            y,
-            N,
-            M=M,
-            K=K,
-            BLOCK_N=lines,
-            BLOCK_K=wide,
-            CAST=can_cast(x8),
-            num_warps=4,
+            x8, of_x, codes, scale, y, N, M=M, K=K, BLOCK_N=lines, BLOCK_K=wide, CAST=can_cast(x8), num_warps=4
         )
     return y

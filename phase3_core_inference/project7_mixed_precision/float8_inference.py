@@ -115,7 +115,7 @@ class StoredFloat8Linear(nn.Module):
         scale = scale.clamp(
             min=form.smallest_normal * form.eps
         )  # float16: 2^-24, of which all its values are multiples
-        return (wide / scale).clamp(-largest, largest).to(E4M3).view(torch.uint8), scale.to(weight.dtype)
+        return (wide / scale).clamp(-largest, largest).to(E4M3).contiguous().view(torch.uint8), scale.to(weight.dtype)
 
     def _apply(self, fn, recurse=True):
         """Moves to another device, which may multiply in another way."""

@@ -29,6 +29,7 @@ def nearest_e4m3(x):
     bits = x.to(tl.int32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
     small = (x + 1.5 * 2.0**14) - 1.5 * 2.0**14
+    small = (small.to(tl.int32, bitcast=True) | (bits & -0x80000000)).to(tl.float32, bitcast=True)  # zeros have signs
     return tl.where(tl.abs(x) < 2.0**-6, small, normal)
 
 
@@ -40,7 +41,7 @@ def value_of(codes, CAST: tl.constexpr):
     PAPER CONTEXT: a sign, 4 bits of exponent that count from 7, 3 of mantissa.
     INTUITION: float16 has the same three parts, only more of each: put every bit where it belongs.
     IMPLEMENTATION: float16's exponent has 5 bits and counts from 15: hence the factor of 2^8. Subnormal codes become
-        subnormal numbers, so this is exact for all but NaN, which stored weights never are.
+        subnormal numbers, so this is exact. NaN becomes 480, but its row's scale is infinite or NaN then.
     WHY: Ada and Hopper cast two codes in one instruction; the shifts, five for each, run on any GPU.
     """
     if CAST:
@@ -63,11 +64,11 @@ def round_kernel(x_ptr, codes_ptr, scale_ptr, K, BLOCK: tl.constexpr):
     row, k = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
     largest = tl.maximum(tl.max(tl.abs(x)), SMALLEST)
-    fits = tl.minimum(tl.maximum(x * (LARGEST / largest), -LARGEST), LARGEST)
+    fits = tl.minimum(tl.maximum(x * tl.div_rn(LARGEST, largest), -LARGEST), LARGEST)
     bits = (nearest_e4m3(fits) / 256.0).to(tl.float16).to(tl.int16, bitcast=True)
     codes = ((bits >> 8) & 0x80) | ((bits >> 7) & 0x7F)
     tl.store(codes_ptr + row * K + k, codes.to(tl.uint8), mask=k < K)
-    tl.store(scale_ptr + row, largest / LARGEST + tl.sum(x * 0.0))
+    tl.store(scale_ptr + row, tl.div_rn(largest, LARGEST) + tl.sum(x * 0.0))
 
 
 @triton.jit

@@ -57,6 +57,25 @@ def test_long_rows_are_read_in_parts(monkeypatch):
 
 
 @interpreted
+def test_weights_and_rows_may_lie_anyhow():
+    x, layer = draw(3, 64, 32)
+    x8, of_x = round_rows(x.t().contiguous().t())
+    for codes in (layer.codes[:, 16:48], layer.codes.t().contiguous().t()[:, 16:48]):
+        arguments = x8[:, 16:48], of_x, codes, layer.scale, torch.float32
+        assert relative_error(few_rows_product(*arguments), few_rows_reference(*arguments)) < 1e-6
+    for operator, arguments in ((round_rows, (x.t().contiguous().t(),)), (few_rows_product, (x8, of_x, layer.codes,
+                                layer.scale, torch.float32))):  # fmt: skip
+        torch.library.opcheck(operator, arguments)
+
+
+@interpreted
+def test_sizes_that_do_not_fit_are_refused():
+    x, wide = draw(2, 32, 16)[0], draw(2, 64, 16)[1]
+    with pytest.raises(ValueError, match=r"rows of 32 values .* weight of 64 inputs"):
+        wide(x)
+
+
+@interpreted
 def test_every_code_is_read_and_every_value_rounded_as_by_pytorch():
     codes = torch.arange(256, dtype=torch.uint8)
     values = codes.view(E4M3).float()
@@ -68,8 +87,9 @@ def test_every_code_is_read_and_every_value_rounded_as_by_pytorch():
     grid = values[values.isfinite()].sort().values
     halves = (grid[1:] + grid[:-1]) / 2  # where two values are equally near
     x = torch.cat([grid, halves, halves.nextafter(torch.tensor(500.0)), torch.linspace(-0.05, 0.05, 999)])
+    x = torch.cat([x, torch.tensor([0.0, -0.0, 1e-8, -1e-8])])
     rounded, scale = round_rows(x[None])  # the largest is 448: nothing is scaled
-    assert torch.equal(rounded[0].view(E4M3).float(), x.to(E4M3).float()) and scale == 1
+    assert torch.equal(rounded[0], x.to(E4M3).view(torch.uint8)) and scale == 1
 
 
 @interpreted
@@ -77,6 +97,8 @@ def test_nothing_hides_what_is_no_number():
     x, layer = draw(4, 64, 32)
     x[1, 3], x[2, 5], x[3] = float("nan"), -float("inf"), 0.0
     y = multiply(x, layer)
+    for rounded in (round_rows, round_reference):
+        assert multiply(x, layer, rounded=rounded).isfinite().all(1).tolist() == [True, False, False, True]
     assert y.isnan().all(1).tolist() == [False, True, True, False]
     assert torch.equal(y[3], torch.zeros(32)) and y[0].isfinite().all()
 

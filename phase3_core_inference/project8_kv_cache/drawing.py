@@ -41,7 +41,8 @@ def cut_tail(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, share:
     WHY: a batch holds requests with other limits each, and rows of a tensor can not branch.
 
     Args:
-        share: (R, 1), the part of the odds that these tokens have, where others were left out before.
+        share: (R, 1), the part of the odds that these tokens have, where others were left out before; a top_k above n
+            then means that there is none.
 
     >>> logits, none = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log(), torch.tensor([[0.0]])
     >>> cut_tail(logits, torch.tensor([[4]]), torch.tensor([[0.6]]), none).isfinite().tolist()
@@ -72,7 +73,8 @@ def draw_among(n: int, cuts: bool, logits: Tensor, limits: Tensor, keys: Tensor)
     WHY: sorting a whole vocabulary, and noise for all of it, cost more than what they are needed for.
 
     Args:
-        n: of V; cuts: whether any row wants its tail cut; logits (R, V) float32; keys (R, 1) int64.
+        n: of V; cuts: whether any row wants its tail cut (fewer than all are always cut).
+        logits (R, V) float32; keys (R, 1) int64.
         limits: (R, 5) float32: temperature, top_k (exact below 2^24), top_p, min_p, and what noise is multiplied by.
 
     Returns the tokens (R,).
@@ -89,9 +91,11 @@ def draw_among(n: int, cuts: bool, logits: Tensor, limits: Tensor, keys: Tensor)
     likeliest = scaled.gather(-1, ids)
     share = scaled.softmax(-1).gather(-1, ids).sum(-1, keepdim=True)
     cut = cut_tail(likeliest, top_k, top_p, min_p, share)
-    # Others may be as likely as the last candidate: it must have been cut, too.
-    last = cut.masked_fill(likeliest > likeliest.amin(-1, keepdim=True), -torch.inf).amax(-1, keepdim=True)
-    settled = (last == -torch.inf) & ((top_k <= n) | (top_k == V))
+    # Others may be as likely as the last candidate: it must have been cut, and lie below the k-th, whose equals stay.
+    least = likeliest.amin(-1, keepdim=True)
+    last = cut.masked_fill(likeliest > least, -torch.inf).amax(-1, keepdim=True)
+    kth = likeliest.topk(n).values.gather(-1, top_k.clamp(max=n) - 1)
+    settled = (last == -torch.inf) & ((top_k == V) | ((top_k <= n) & ((kth > least) | (least == -torch.inf))))
     best = (cut + luck * gumbel(keys, ids)).argmax(-1, keepdim=True)
     return torch.where(settled, ids.gather(-1, best), -1).squeeze(-1)
 
@@ -102,7 +106,8 @@ class RecordedDraws:
     PAPER: "The Curious Case of Neural Text Degeneration", arXiv:1904.09751, section 3; recording is practice.
     PAPER CONTEXT: a draw follows every step of the model.
     INTUITION: seventy small orders are given at once, in one letter that was written before.
-    IMPLEMENTATION: rows are filled up to a power of two, so that few graphs serve all batches.
+    IMPLEMENTATION: rows are filled up to a power of two, so that few graphs serve all batches. Rows whose candidates
+        were not enough are drawn without.
     WHY: launched one by one from Python, drawing takes three times as long as the GPU needs for it.
     """
 
@@ -111,7 +116,9 @@ class RecordedDraws:
 
     def __call__(self, n: int, cuts: bool, logits: Tensor, limits: Tensor, keys: Tensor) -> Tensor:
         """As `draw_among`; the result lies in a buffer that the next call overwrites."""
-        R = logits.shape[0]
+        R, V = logits.shape
+        if cuts and n == V:  # seldom, and with any number of rows: not worth a graph
+            return draw_among(n, cuts, logits, limits, keys)
         filled = (1 << (R - 1).bit_length()) - R
         arguments = [F.pad(x, (0, 0, 0, filled), value=1) if filled else x for x in (logits, limits, keys)]
         key = (n, cuts, *arguments[0].shape)

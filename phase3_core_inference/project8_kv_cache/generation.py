@@ -60,12 +60,20 @@ def append(generation: Generation, piece: Piece) -> None:
             generation.logprobs.append(piece.logprobs)
 
 
-class _Request:
-    """One prompt on its way; `index` is its place among the prompts."""
+class Request:
+    """One prompt on its way.
+
+    PAPER: "Efficiently Scaling Transformer Inference", arXiv:2211.05102, section 2.
+    PAPER CONTEXT: a sequence is prefilled, then decoded token by token.
+    INTUITION: the slip that travels with an order: what was asked, how far it is, why it ended.
+    IMPLEMENTATION: `tokens` is the text so far, of which the first `fed` are in the cache; `index` is its place among
+        the prompts, `limit` the most tokens in all.
+    WHY: batching, speculation and serving all need to know this much, and no more.
+    """
 
     def __init__(self, index: int, prompt: list[int], params: SamplingParams, tokenizer, room: int):
         self.index, self.tokens, self.params = index, list(prompt), params
-        self.limit = min(len(prompt) + params.max_new_tokens, room)  # tokens in all
+        self.limit = min(len(prompt) + params.max_new_tokens, room)
         self.fed, self.finish_reason = 0, None
         self.text = TextStream(tokenizer.decode, params.stop)
         eot = getattr(tokenizer, "eot_id", None)
@@ -146,6 +154,10 @@ class Writer:
         self._among = RecordedDraws() if graphs else draw_among
         self._held: set[int] = set()  # rows of texts that have not ended
 
+    def _vocab_size(self) -> int:
+        """Ids that both the model and its tokenizer know: either may have more."""
+        return min(self.tokenizer.vocab_size, self.model.config.vocab_size)
+
     def encode(self, prompt: Prompt) -> list[int]:
         """The tokens of a prompt; an empty one begins a document.
 
@@ -155,7 +167,7 @@ class Writer:
             self.tokenizer.encode(prompt) if isinstance(prompt, str) else [operator.index(t) for t in _plain(prompt)]
         )
         tokens = list(tokens) or [getattr(self.tokenizer, "eot_id", None) or 0]
-        vocab_size = min(self.tokenizer.vocab_size, self.model.config.vocab_size)
+        vocab_size = self._vocab_size()
         for token in (min(tokens), max(tokens)):
             if not 0 <= token < vocab_size:
                 raise ValueError(
@@ -171,10 +183,10 @@ class Writer:
     def stream(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> Iterator[Piece]:
         """Continue prompts, and yield what every token adds as soon as it is known, all prompts in turn."""
         encoded, n_rows = [self.encode(prompt) for prompt in prompts], len(self.cache.lengths)
-        requests = [_Request(i, p, q, self.tokenizer, self.room) for i, (p, q) in enumerate(zip(encoded, params))]
+        requests = [Request(i, p, q, self.tokenizer, self.room) for i, (p, q) in enumerate(zip(encoded, params))]
         return self._run([requests[i : i + n_rows] for i in range(0, len(requests), n_rows)])
 
-    def _run(self, batches: list[list[_Request]]) -> Iterator[Piece]:
+    def _run(self, batches: list[list[Request]]) -> Iterator[Piece]:
         training = self.model.training
         self.model.eval()
         try:
@@ -183,7 +195,7 @@ class Writer:
         finally:
             self.model.train(training)
 
-    def _batch(self, requests: list[_Request]) -> Iterator[Piece]:
+    def _batch(self, requests: list[Request]) -> Iterator[Piece]:
         """One request a row; whatever happens, the rows are free afterwards."""
         if self._held:
             raise ValueError("another stream of this Writer is not finished: close it, or use a second Writer")
@@ -195,7 +207,7 @@ class Writer:
                 self.cache.free(row)
             held.clear()
 
-    def _steps(self, requests: list[_Request], held: set[int]) -> Iterator[Piece]:
+    def _steps(self, requests: list[Request], held: set[int]) -> Iterator[Piece]:
         """From prefill to the last request's end."""
         params = [request.params for request in requests]
         seeds = [random.getrandbits(62) if p.seed is None else p.seed for p in params]
@@ -203,24 +215,31 @@ class Writer:
         prompts = [request.tokens for request in requests]
         for row, request in enumerate(requests if self.prefixes else ()):
             request.fed = self.prefixes.restore(self.cache, row, request.tokens)
-        sampler = Sampler(params, seeds, prompts, self.tokenizer.vocab_size, device, self._among)
+        sampler = Sampler(params, seeds, prompts, self._vocab_size(), device, self._among)
         while rows := [row for row, request in enumerate(requests) if request.finish_reason is None]:
-            work, tokens = self._next_work(rows, requests)
-            logits = self.decoder.step(work, tokens)
-            rows = [row for row, _, n_wanted in work if n_wanted]
-            if not rows:
-                continue
+            yield from self._step(rows, requests, sampler, held)
+
+    def _step(self, rows: list[int], requests: list[Request], sampler: Sampler, held: set[int]) -> Iterator[Piece]:
+        """One step of the model: a chunk of prompts, or a token for each row."""
+        work, tokens = self._next_work(rows, requests)
+        logits = self.decoder.step(work, tokens)
+        rows = [row for row, _, n_wanted in work if n_wanted]
+        if rows:
             drawn = sampler.draw(logits, rows, [len(requests[row].tokens) for row in rows])
             for row, token, logprobs in zip(rows, drawn.tokens, drawn.logprobs):
-                piece = requests[row].accept(token, logprobs)
-                if piece.finish_reason:
-                    if self.prefixes:
-                        self.prefixes.keep(self.cache, row, requests[row].tokens[: self.cache.lengths[row]])
-                    self.cache.free(row)
-                    held.remove(row)
-                yield piece
+                yield self._accept(row, requests[row], token, logprobs, held)
 
-    def _next_work(self, rows: list[int], requests: list[_Request]) -> tuple[list[tuple[int, int, int]], list[int]]:
+    def _accept(self, row: int, request: Request, token: int, logprobs: Logprobs | None, held: set[int]) -> Piece:
+        """Add a token to a text; with its last one, its row is remembered and freed."""
+        piece = request.accept(token, logprobs)
+        if piece.finish_reason:
+            if self.prefixes:
+                self.prefixes.keep(self.cache, row, request.tokens[: self.cache.lengths[row]])
+            self.cache.free(row)
+            held.remove(row)
+        return piece
+
+    def _next_work(self, rows: list[int], requests: list[Request]) -> tuple[list[tuple[int, int, int]], list[int]]:
         """Chunks of prompts as long as there are any, then one token of each row."""
         reading = [row for row in rows if len(requests[row].tokens) - requests[row].fed > 1 or not requests[row].fed]
         work, tokens, budget = [], [], self.chunk if reading else len(rows)

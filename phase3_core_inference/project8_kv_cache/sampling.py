@@ -51,7 +51,7 @@ class Sampler:
     INTUITION: one dealer at many tables, each with its own rules and its own pack of cards.
     IMPLEMENTATION: parameters are rows of numbers on the device. Where tails are cut, the `CANDIDATES` likeliest tokens
         are looked at first; a row whose cuts leave more than these draws from all of them.
-    WHY: one launch for the batch, and nothing of a request depends on who shares it.
+    WHY: the batch is drawn at once, and nothing of a request depends on who shares it.
 
     Args:
         params, seeds: of each request; prompts: their tokens (the penalty counts them); vocab_size: of the tokenizer.

@@ -161,6 +161,30 @@ def test_the_likeliest_tokens_are_enough_or_all_are_looked_at(monkeypatch, step)
             assert all(settled[i] for i in (0, 3, 6, 7)), "these leave fewer than 64"
 
 
+def test_equals_of_the_kth_beyond_the_candidates_are_looked_for():
+    """1,999 tokens are as likely as the 1,024th: the nucleus is measured among all of them."""
+    logits = torch.zeros(200, 2000)
+    logits[:, 700] = torch.tensor(1500.0).log()
+    sampler = Sampler([SamplingParams(top_k=1024, top_p=0.5)] * 200, range(200), [[1]] * 200, 2000, "cpu")
+    drawn = sampler.draw(logits, range(200), [5] * 200).tokens
+    assert 150 < drawn.count(700) < 200  # 1500 of 1749.5, which the nucleus keeps of 3499
+
+
+def test_a_tokenizer_may_know_more_tokens_than_the_model():
+    from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
+    from phase3_core_inference.project8_kv_cache.generation import generate
+
+    class More:
+        vocab_size, eot_id = 70, None
+
+        def decode(self, ids):
+            return "." * len(ids)
+
+    model = Transformer(PRESETS["cpu-tiny"](vocab_size=64)).eval()
+    for params in (SamplingParams(4), SamplingParams(4, top_p=0.9, repetition_penalty=1.2, seed=1)):
+        assert max(generate(model, More(), [1, 2], params).tokens) < 64
+
+
 def test_recorded_draws_fill_up_rows_and_draw_the_same():
     draws = RecordedDraws()
     for n in (1, 2, 3, 5):
@@ -168,11 +192,12 @@ def test_recorded_draws_fill_up_rows_and_draw_the_same():
         samplers = [Sampler(params, range(n), PROMPTS, V, "cpu", among) for among in (draw_among, draws)]
         ours, theirs = (s.draw(draw_logits(n), range(n), range(n)).tokens for s in samplers)
         assert ours == theirs
-    assert sorted(draws._recorded) == [
-        (V, False, 2, V),
-        (V, True, 4, V),
-        (V, True, 8, V),
-    ]  # a lone greedy request draws nothing
+    # A lone greedy request draws nothing, and rows that cut are drawn from all 50 without a record.
+    assert list(draws._recorded) == [(V, False, 2, V)]
+    logits = torch.randn(3, 1500, generator=torch.Generator().manual_seed(1)) * 4
+    samplers = [Sampler(MIX[1:4], range(3), PROMPTS, 1500, "cpu", among) for among in (draw_among, draws)]
+    ours, theirs = (s.draw(logits, range(3), range(3)).tokens for s in samplers)
+    assert ours == theirs and (1024, True, 4, 1500) in draws._recorded
 
 
 def test_greedy_rows_stay_greedy_in_a_batch_that_draws():
