@@ -198,11 +198,8 @@ class ModelDraft:
         """Read what is missing of each text; logits (R, V) behind them."""
         for ask in asks:
             self._cut(ask.row, _common(self._held[ask.row], ask.tokens))
-        for ask in asks:  # long parts first, up to the last token
-            while (missing := len(ask.tokens) - len(self._held[ask.row])) > min(2, self.cache.step_limit):
-                n = min(missing - 1, self.chunk, self.cache.step_limit)
-                start = len(self._held[ask.row])
-                self._step([(ask.row, n, 0)], ask.tokens[start : start + n])
+        while parts := self._long_parts(asks):  # up to the last token, as prompts are read
+            self._step([(row, len(part), 0) for row, part in parts], [token for _, part in parts for token in part])
         n = max(len(ask.tokens) - len(self._held[ask.row]) for ask in asks)
         for ask in asks:  # equally many for all, if that means to read a token twice
             if n > 1 and len(ask.tokens) >= n:
@@ -212,6 +209,18 @@ class ModelDraft:
         logits = self._step(work, [token for part in parts for token in part])
         ends = torch.tensor([len(part) for part in parts]).cumsum(0) - 1
         return logits if len(logits) == len(asks) else logits[ends.to(logits.device)]
+
+    def _long_parts(self, asks: Sequence[Ask]) -> list[tuple[int, Sequence[int]]]:
+        """(row, tokens) of rows that miss more than a short step takes, at most `chunk` tokens in all."""
+        parts, budget = [], self.chunk
+        for ask in asks:
+            start = len(self._held[ask.row])
+            missing = len(ask.tokens) - start
+            n = min(missing - 1, budget, self.cache.step_limit)
+            if missing > min(2, self.cache.step_limit) and n:
+                parts.append((ask.row, ask.tokens[start : start + n]))
+                budget -= n
+        return parts
 
     def _step(self, work, tokens: Sequence[int]) -> Tensor:
         logits, tokens = self.decoder.step(work, tokens), iter(tokens)
