@@ -1,1 +1,1 @@
-"""Phase 4: advanced inference: beginnings that are shared, guesses that are checked, batches that change, memory in pages."""
+"""Phase 4: advanced inference: shared beginnings, checked guesses, batches that change, memory in pages."""

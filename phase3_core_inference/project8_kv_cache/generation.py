@@ -21,7 +21,18 @@ from phase3_core_inference.project8_kv_cache.sampling_params import SamplingPara
 from phase3_core_inference.project8_kv_cache.texts import Generation, Piece, TextRequest, append
 from phase3_core_inference.project8_kv_cache.work import Work, octaves, quarter_octaves
 
-__all__ = ["Generation", "Piece", "Prompt", "SamplingParams", "Writer", "append", "generate", "is_one", "prepare", "stream"]
+__all__ = [
+    "Generation",
+    "Piece",
+    "Prompt",
+    "SamplingParams",
+    "Writer",
+    "append",
+    "generate",
+    "is_one",
+    "prepare",
+    "stream",
+]
 
 Prompt = str | Sequence[int]
 
@@ -183,7 +194,7 @@ def is_one(prompts) -> bool:
 
 
 def prepare(kind, model, tokenizer, prompts, params, options) -> tuple[Writer, list[Prompt], list[SamplingParams]]:
-    """What `generate` and `stream` are given, as lists of equal length, and a writer of this kind with room for them."""
+    """What `generate` and `stream` are given, as lists of equal length, and a writer of this kind with room for it."""
     prompts = [prompts] if is_one(prompts) else list(prompts)
     params = params or SamplingParams()
     params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)

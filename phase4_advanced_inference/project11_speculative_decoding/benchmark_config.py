@@ -51,8 +51,8 @@ def validate_config(settings=None):
     if not s.TEMPERATURES or not all(0 <= value < math.inf for value in s.TEMPERATURES):
         raise ValueError(f"TEMPERATURES={s.TEMPERATURES} must be some numbers of at least 0")
     if s.PROMPT_TOKENS + s.NEW_TOKENS > 256:
-        raise ValueError(f"PROMPT_TOKENS={s.PROMPT_TOKENS} and NEW_TOKENS={s.NEW_TOKENS} exceed the 256 tokens that the "
-                         f"pair can read: use fewer")  # fmt: skip
+        raise ValueError(f"PROMPT_TOKENS={s.PROMPT_TOKENS} and NEW_TOKENS={s.NEW_TOKENS} exceed the 256 tokens that "
+                         f"the pair can read: use fewer")  # fmt: skip
     if max(s.BATCHES) > s.N_PROMPTS:
         raise ValueError(f"BATCHES={s.BATCHES} exceed N_PROMPTS={s.N_PROMPTS}: use more prompts")
 

@@ -11,8 +11,8 @@ Each component is explained with paper references for educational purposes.
 import torch
 
 from common import catalog
-from phase1_foundation.project3_pretrain.token_file import fingerprint_of
 from phase1_foundation.project3_pretrain.loading import load
+from phase1_foundation.project3_pretrain.token_file import fingerprint_of
 from phase4_advanced_inference.project11_speculative_decoding.drafts import Draft
 
 

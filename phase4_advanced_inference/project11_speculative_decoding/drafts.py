@@ -169,8 +169,9 @@ class ModelDraft:
                              f"tokenizer of its target")  # fmt: skip
         rounding = octaves if self._options[0] else quarter_octaves
         options = {"padded": True, "round_keys": rounding} if self._fast else {}
+        options |= {"dtype": weight.dtype, "device": weight.device}
         capacity = min(quarter_octaves(capacity), config.block_size)
-        self.cache = self._build(self.model.specs, n_rows, capacity, dtype=weight.dtype, device=weight.device, **options)
+        self.cache = self._build(self.model.specs, n_rows, capacity, **options)
         kind = FastDecoder if self._fast else Decoder
         self.decoder = kind(self.model, self.cache, *(self._options if self._fast else ()))
         self._held = [[] for _ in range(n_rows)]

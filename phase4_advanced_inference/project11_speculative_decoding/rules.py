@@ -69,7 +69,7 @@ class CoupledRule:
         self.sampler, self.k, self.recorder = sampler, k, recorder
 
     def draft(self, logits: Tensor, rows: Sequence[int], positions: Sequence[int], drafted: Drafts):
-        """Draw for a draft whose logits (R, V) these are, behind what it drafted for each row: (tokens, odds or None)."""
+        """Draw for a draft with these logits (R, V), behind what it drafted for each row: (tokens, odds or None)."""
         return self.sampler.choose(self.penalized(logits, rows, drafted), rows, positions), None
 
     def judge(self, logits: Tensor, rows: Sequence[int], starts: Sequence[int], drafts: Drafts, odds: Tensor | None):

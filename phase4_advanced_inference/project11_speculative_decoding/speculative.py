@@ -36,9 +36,9 @@ class SpeculativeWriter(Writer):
         "Accelerating Large Language Model Decoding with Speculative Sampling", arXiv:2302.01318, algorithm 2.
     PAPER CONTEXT: scoring a short continuation in parallel takes about as long as drawing one token from the target.
     INTUITION: reading a sentence takes the master no longer than writing a word; so let the apprentice write it.
-    IMPLEMENTATION: prompts are read as ever. Then every row drafts; one step reads the newest token and the draft of all
-        rows; a rule says how many stay; the cache forgets the others. Texts take in their tokens one by one, so that
-        they end where plain decoding ends them.
+    IMPLEMENTATION: prompts are read as ever. Then every row drafts; one step reads the newest token and the draft of
+        all rows; a rule says how many stay; the cache forgets the others. Texts take in their tokens one by one, so
+        that they end where plain decoding ends them.
     WHY: at small batches a step waits for the weights, and then k + 1 tokens cost what one costs.
 
     Args:

@@ -144,6 +144,6 @@ def test_drafts_have_names():
 
 
 if __name__ == "__main__":
-    for text, most, n, expected in EXAMPLES:
+    for text, _most, _n, expected in EXAMPLES:
         print(text, "->", expected)
     raise SystemExit(pytest.main([__file__]))

@@ -1,4 +1,4 @@
-"""Speculation writes what plain decoding writes: token by token, for all caches, drafts, rules, settings and endings."""
+"""Speculation writes what plain decoding writes: for all caches, drafts, rules, settings and endings."""
 
 import copy
 
