@@ -10,7 +10,6 @@ Each component is explained with paper references for educational purposes.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from phase3_core_inference.project8_kv_cache.drawing import cut_tail
@@ -35,7 +34,7 @@ def odds_of(cuts: bool, logits: Tensor, limits: Tensor) -> Tensor:
     """
     temperature, top_k, top_p, min_p, luck = limits.split(1, dim=-1)
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
-    best = F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+    best = certain(logits.argmax(-1), logits)
     odds = (cut_tail(scaled, top_k.long(), top_p, min_p) if cuts else scaled).softmax(-1)
     return torch.where(luck == 0, best, odds)
 
@@ -107,6 +106,11 @@ def verify(p: Tensor, q: Tensor, drafts: Tensor, counts: Tensor, luck: Tensor, d
     return kept, draw(rest, deal[row, kept].unsqueeze(-1))
 
 
+def certain(tokens: Tensor, like: Tensor) -> Tensor:
+    """Probabilities (..., V) that are all on one token (...), shaped like others."""
+    return torch.zeros_like(like).scatter(-1, tokens.unsqueeze(-1), 1.0)
+
+
 def draw(odds: Tensor, keys: Tensor) -> Tensor:
     """One token from each row of probabilities (R, V), by noise of keys (R, 1)."""
     return (odds.log() + gumbel(keys, torch.arange(odds.shape[-1], device=odds.device))).argmax(-1)
@@ -122,5 +126,5 @@ def judge(cuts: bool, logits: Tensor, limits: Tensor, q: Tensor, drafts: Tensor,
     """`verify` from logits (R (K+1), V); q of one place (R, K, 1) stands for drafts that are certain."""
     p = odds_of(cuts, logits, limits).view(len(drafts), -1, logits.shape[-1])
     if q.shape[-1] == 1:  # a point distribution: all of it on the drafted token
-        q = F.one_hot(drafts, logits.shape[-1]).to(p.dtype)
+        q = certain(drafts, p[:, :-1])
     return verify(p, q, drafts, *rest)

@@ -165,8 +165,8 @@ class ModelDraft:
         """Make a cache for so many rows, as long as this model can read."""
         config, weight = self.model.config, next(self.model.parameters())
         if config.vocab_size < vocab_size:
-            raise ValueError(f"the draft knows {config.vocab_size} tokens, the text has {vocab_size}: a draft needs the "
-                             f"tokenizer of its target")  # fmt: skip
+            raise ValueError(f"the draft knows {config.vocab_size} tokens, the text has {vocab_size}: a draft needs "
+                             f"the tokenizer of its target")  # fmt: skip
         rounding = octaves if self._options[0] else quarter_octaves
         options = {"padded": True, "round_keys": rounding} if self._fast else {}
         options |= {"dtype": weight.dtype, "device": weight.device}

@@ -93,6 +93,7 @@ class Tally:
 
     def __init__(self):
         self.checks: Counter[tuple[int, int]] = Counter()
+        self.calls = 0  # steps of the target; each checks as many rows as are not yet done
 
     def add(self, drafted: int, kept: int) -> None:
         """Count one check of one row."""
@@ -101,6 +102,7 @@ class Tally:
     def clear(self) -> None:
         """Begin anew."""
         self.checks.clear()
+        self.calls = 0
 
     @property
     def steps(self) -> int:

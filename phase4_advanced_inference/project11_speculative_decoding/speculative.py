@@ -90,6 +90,7 @@ class SpeculativeWriter(Writer):
         fed = [token for ask, draft in zip(asks, proposal.tokens) for token in (ask.tokens[-1], *draft)]
         logits = self.decoder.step(work, fed)
         verdicts = rule.judge(logits, rows, [len(ask.tokens) for ask in asks], proposal.tokens, proposal.odds)
+        self.tally.calls += 1
         bursts = [[*draft[:kept], token] for draft, (kept, token) in zip(proposal.tokens, verdicts)]
         logprobs = iter(self._logprobs(rule.sampler, logits, rows, work, bursts))
         for row, draft, burst in zip(rows, proposal.tokens, bursts):
