@@ -46,9 +46,15 @@ GROUPS = {
         "sliding": "phase3_core_inference.project8_kv_cache.sliding_cache:SlidingCache",
         "flash": "phase3_core_inference.project9_flash_attention.cached_attention:flash_cache",
     },
+    # who guesses tokens for speculation: f(...) -> Draft; "model" needs one, see project 11's draft_of
+    "drafts": {
+        "model": "phase4_advanced_inference.project11_speculative_decoding.drafts:ModelDraft",
+        "ngram": "phase4_advanced_inference.project11_speculative_decoding.drafts:NGramDraft",
+    },
     # how prompts are continued: f(model, tokenizer, prompts, params, ...) -> Generation, or a list of them
     "generators": {
         "cached": "phase3_core_inference.project8_kv_cache.generation:generate",
+        "speculative": "phase4_advanced_inference.project11_speculative_decoding.speculative:speculative_generate",
     },
 }
 

@@ -11,7 +11,6 @@ Each component is explained with paper references for educational purposes.
 import operator
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from common import catalog
@@ -20,77 +19,23 @@ from phase3_core_inference.project8_kv_cache.drawing import RecordedDraws, draw_
 from phase3_core_inference.project8_kv_cache.kv_cache import KVCache
 from phase3_core_inference.project8_kv_cache.sampling import Logprobs, Sampler
 from phase3_core_inference.project8_kv_cache.sampling_params import SamplingParams
-from phase3_core_inference.project8_kv_cache.stopping import TextStream
-from phase3_core_inference.project8_kv_cache.work import octaves, quarter_octaves
+from phase3_core_inference.project8_kv_cache.texts import Generation, Piece, TextRequest, append
+from phase3_core_inference.project8_kv_cache.work import Work, octaves, quarter_octaves
 
-__all__ = ["Generation", "Piece", "SamplingParams", "Writer", "append", "generate", "stream"]
+__all__ = [
+    "Generation",
+    "Piece",
+    "Prompt",
+    "SamplingParams",
+    "Writer",
+    "append",
+    "generate",
+    "is_one",
+    "prepare",
+    "stream",
+]
 
 Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What one token adds to one text."""
-
-    index: int  # of the prompt
-    text: str  # may be empty: half a character, or what may become a stop text
-    token: int | None  # None: the token that ended the text, or what was still held back
-    finish_reason: str | None = None  # "stop" or "length", with the last piece
-    logprobs: Logprobs | None = None
-
-
-@dataclass
-class Generation:
-    """A whole continuation."""
-
-    prompt_tokens: int
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    logprobs: list[Logprobs] = field(default_factory=list)
-
-
-def append(generation: Generation, piece: Piece) -> None:
-    """Add what one token adds."""
-    generation.text += piece.text
-    generation.finish_reason = piece.finish_reason
-    if piece.token is not None:
-        generation.tokens.append(piece.token)
-        if piece.logprobs:
-            generation.logprobs.append(piece.logprobs)
-
-
-class Request:
-    """One prompt on its way.
-
-    PAPER: "Efficiently Scaling Transformer Inference", arXiv:2211.05102, section 2.
-    PAPER CONTEXT: a sequence is prefilled, then decoded token by token.
-    INTUITION: the slip that travels with an order: what was asked, how far it is, why it ended.
-    IMPLEMENTATION: `tokens` is the text so far, of which the first `fed` are in the cache; `index` is its place among
-        the prompts, `limit` the most tokens in all.
-    WHY: batching, speculation and serving all need to know this much, and no more.
-    """
-
-    def __init__(self, index: int, prompt: list[int], params: SamplingParams, tokenizer, room: int):
-        self.index, self.tokens, self.params = index, list(prompt), params
-        self.limit = min(len(prompt) + params.max_new_tokens, room)
-        self.fed, self.finish_reason = 0, None
-        self.text = TextStream(tokenizer.decode, params.stop)
-        eot = getattr(tokenizer, "eot_id", None)
-        self.stop_ids = frozenset(({eot} - {None}) if params.stop_ids is None else params.stop_ids)
-
-    def accept(self, token: int, logprobs: Logprobs | None) -> Piece:
-        """Take in a token that was drawn."""
-        if token in self.stop_ids:
-            self.finish_reason = "stop"
-            return Piece(self.index, self.text.finish(), None, "stop")
-        self.tokens.append(token)
-        text = self.text.push(token)
-        if not self.text.stopped and len(self.tokens) == self.limit:
-            text, self.finish_reason = text + self.text.finish(), "length"
-        if self.text.stopped:
-            self.finish_reason = "stop"
-        return Piece(self.index, text, token, self.finish_reason, logprobs)
 
 
 class Prefixes(Protocol):
@@ -151,10 +96,10 @@ class Writer:
         capacity = min(quarter_octaves(self.room), block_size)
         self.cache = build(model.specs, n_rows, capacity, dtype=weight.dtype, device=weight.device, **options)
         self.decoder = FastDecoder(model, self.cache, compiled, graphs) if fast else Decoder(model, self.cache)
-        self._among = RecordedDraws() if graphs else draw_among
+        self.among = RecordedDraws() if graphs else draw_among
         self._held: set[int] = set()  # rows of texts that have not ended
 
-    def _vocab_size(self) -> int:
+    def vocab_size(self) -> int:
         """Ids that both the model and its tokenizer know: either may have more."""
         return min(self.tokenizer.vocab_size, self.model.config.vocab_size)
 
@@ -167,7 +112,7 @@ class Writer:
             self.tokenizer.encode(prompt) if isinstance(prompt, str) else [operator.index(t) for t in _plain(prompt)]
         )
         tokens = list(tokens) or [getattr(self.tokenizer, "eot_id", None) or 0]
-        vocab_size = self._vocab_size()
+        vocab_size = self.vocab_size()
         for token in (min(tokens), max(tokens)):
             if not 0 <= token < vocab_size:
                 raise ValueError(
@@ -183,10 +128,10 @@ class Writer:
     def stream(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> Iterator[Piece]:
         """Continue prompts, and yield what every token adds as soon as it is known, all prompts in turn."""
         encoded, n_rows = [self.encode(prompt) for prompt in prompts], len(self.cache.lengths)
-        requests = [Request(i, p, q, self.tokenizer, self.room) for i, (p, q) in enumerate(zip(encoded, params))]
+        requests = [TextRequest(i, p, q, self.tokenizer, self.room) for i, (p, q) in enumerate(zip(encoded, params))]
         return self._run([requests[i : i + n_rows] for i in range(0, len(requests), n_rows)])
 
-    def _run(self, batches: list[list[Request]]) -> Iterator[Piece]:
+    def _run(self, batches: list[list[TextRequest]]) -> Iterator[Piece]:
         training = self.model.training
         self.model.eval()
         try:
@@ -195,53 +140,61 @@ class Writer:
         finally:
             self.model.train(training)
 
-    def _batch(self, requests: list[Request]) -> Iterator[Piece]:
+    def _batch(self, requests: list[TextRequest]) -> Iterator[Piece]:
         """One request a row; whatever happens, the rows are free afterwards."""
         if self._held:
             raise ValueError("another stream of this Writer is not finished: close it, or use a second Writer")
         self._held = held = set(range(len(requests)))
         try:
-            yield from self._steps(requests, held)
+            for row, request in enumerate(requests if self.prefixes else ()):
+                request.fed = self.prefixes.restore(self.cache, row, request.tokens)
+            yield from self.steps(requests, held)
         finally:
             for row in held:
-                self.cache.free(row)
+                self.free(row)
             held.clear()
 
-    def _steps(self, requests: list[Request], held: set[int]) -> Iterator[Piece]:
-        """From prefill to the last request's end."""
-        params = [request.params for request in requests]
+    def steps(self, requests: list[TextRequest], held: set[int]) -> Iterator[Piece]:
+        """From prefill to the last request's end, request i in row i; `held` are the rows that are not yet free."""
+        sampler = self.sampler(requests)
+        while rows := [row for row, request in enumerate(requests) if request.finish_reason is None]:
+            work, tokens = self.next_work(rows, requests)
+            logits = self.decoder.step(work, tokens)
+            yield from self.draw_all(logits, work, requests, sampler, held)
+
+    def sampler(self, requests: list[TextRequest]) -> Sampler:
+        """What draws for these requests."""
+        params, prompts = [request.params for request in requests], [request.tokens for request in requests]
         seeds = [random.getrandbits(62) if p.seed is None else p.seed for p in params]
         device = next(self.model.parameters()).device
-        prompts = [request.tokens for request in requests]
-        for row, request in enumerate(requests if self.prefixes else ()):
-            request.fed = self.prefixes.restore(self.cache, row, request.tokens)
-        sampler = Sampler(params, seeds, prompts, self._vocab_size(), device, self._among)
-        while rows := [row for row, request in enumerate(requests) if request.finish_reason is None]:
-            yield from self._step(rows, requests, sampler, held)
+        return Sampler(params, seeds, prompts, self.vocab_size(), device, self.among)
 
-    def _step(self, rows: list[int], requests: list[Request], sampler: Sampler, held: set[int]) -> Iterator[Piece]:
-        """One step of the model: a chunk of prompts, or a token for each row."""
-        work, tokens = self._next_work(rows, requests)
-        logits = self.decoder.step(work, tokens)
+    def draw_all(self, logits, work: Work, requests: list[TextRequest], sampler: Sampler, held) -> Iterator[Piece]:
+        """A token for every row whose logits were wanted."""
         rows = [row for row, _, n_wanted in work if n_wanted]
-        if rows:
-            drawn = sampler.draw(logits, rows, [len(requests[row].tokens) for row in rows])
-            for row, token, logprobs in zip(rows, drawn.tokens, drawn.logprobs):
-                yield self._accept(row, requests[row], token, logprobs, held)
+        if not rows:
+            return
+        drawn = sampler.draw(logits, rows, [len(requests[row].tokens) for row in rows])
+        for row, token, logprobs in zip(rows, drawn.tokens, drawn.logprobs):
+            yield self.take(row, requests[row], token, logprobs, held)
 
-    def _accept(self, row: int, request: Request, token: int, logprobs: Logprobs | None, held: set[int]) -> Piece:
-        """Add a token to a text; with its last one, its row is remembered and freed."""
+    def take(self, row: int, request: TextRequest, token: int, logprobs: Logprobs | None, held: set[int]) -> Piece:
+        """Add a token to a text; where it ends, its row is free."""
         piece = request.accept(token, logprobs)
         if piece.finish_reason:
             if self.prefixes:
                 self.prefixes.keep(self.cache, row, request.tokens[: self.cache.lengths[row]])
-            self.cache.free(row)
+            self.free(row)
             held.remove(row)
         return piece
 
-    def _next_work(self, rows: list[int], requests: list[Request]) -> tuple[list[tuple[int, int, int]], list[int]]:
+    def free(self, row: int) -> None:
+        """Forget a row."""
+        self.cache.free(row)
+
+    def next_work(self, rows: list[int], requests: list[TextRequest]) -> tuple[Work, list[int]]:
         """Chunks of prompts as long as there are any, then one token of each row."""
-        reading = [row for row in rows if len(requests[row].tokens) - requests[row].fed > 1 or not requests[row].fed]
+        reading = [row for row in rows if requests[row].reading]
         work, tokens, budget = [], [], self.chunk if reading else len(rows)
         for row in reading or rows:
             request = requests[row]
@@ -258,14 +211,14 @@ def _plain(values):
     return values.tolist() if hasattr(values, "tolist") else values
 
 
-def _is_one(prompts) -> bool:
+def is_one(prompts) -> bool:
     """Whether this is one prompt, not several."""
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(_plain(prompts[0]), int))
 
 
-def _prepare(model, tokenizer, prompts, params, options) -> tuple[Writer, list[Prompt], list[SamplingParams]]:
-    """What `generate` and `stream` are given, as lists of equal length, and a writer with room for them."""
-    prompts = [prompts] if _is_one(prompts) else list(prompts)
+def prepare(kind, model, tokenizer, prompts, params, options) -> tuple[Writer, list[Prompt], list[SamplingParams]]:
+    """What `generate` and `stream` are given, as lists of equal length, and a writer of this kind with room for it."""
+    prompts = [prompts] if is_one(prompts) else list(prompts)
     params = params or SamplingParams()
     params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     if not prompts or len(params) != len(prompts):
@@ -274,12 +227,12 @@ def _prepare(model, tokenizer, prompts, params, options) -> tuple[Writer, list[P
     if tokenizer is not None and "capacity" not in options:
         lengths = [len(tokenizer.encode(p)) if isinstance(p, str) else len(p) for p in prompts]
         options = options | {"capacity": max(max(n, 1) + p.max_new_tokens for n, p in zip(lengths, params))}
-    return Writer(model, tokenizer, **({"n_rows": min(len(prompts), 64)} | options)), prompts, params
+    return kind(model, tokenizer, **({"n_rows": min(len(prompts), 64)} | options)), prompts, params
 
 
 def stream(model, tokenizer, prompts: Prompt | Sequence[Prompt], params=None, **options) -> Iterator[Piece]:
     """Continue prompts and yield what every token adds, as soon as it is known; arguments as of `generate`."""
-    writer, prompts, params = _prepare(model, tokenizer, prompts, params, options)
+    writer, prompts, params = prepare(Writer, model, tokenizer, prompts, params, options)
     return writer.stream(prompts, params)
 
 
@@ -304,8 +257,8 @@ def generate(
 
     Returns a Generation, or for a list a list of them.
     """
-    writer, many, params = _prepare(model, tokenizer, prompts, params, options)
+    writer, many, params = prepare(Writer, model, tokenizer, prompts, params, options)
     texts = [Generation(len(writer.encode(prompt))) for prompt in many]
     for piece in writer.stream(many, params):
         append(texts[piece.index], piece)
-    return texts[0] if _is_one(prompts) else texts
+    return texts[0] if is_one(prompts) else texts

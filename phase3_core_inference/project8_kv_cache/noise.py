@@ -53,9 +53,23 @@ def gumbel(keys: Tensor, tokens: Tensor) -> Tensor:
         from softmax. Small u win, where float32 is finest. Shifts of int64 carry the sign, so bits are masked.
     WHY: a generator's state would tie a request's text to its neighbours in the batch, and to being preempted.
     """
+    u = (_bits(keys, tokens).float() + 0.5) * 2.0**-40
+    return -torch.log(-torch.log1p(-u.clamp(max=1 - 2.0**-24)))
+
+
+def uniform(keys: Tensor) -> Tensor:
+    """A number in (0, 1) for each key (R, 1) int64 -> (R, 1) float32: 23 bits, never 0 or 1.
+
+    >>> [round(u, 4) for u in uniform(torch.tensor([[1], [2]])).flatten().tolist()]
+    [0.5666, 0.5912]
+    """
+    return ((_bits(keys, torch.zeros_like(keys)) >> 17).float() + 0.5) * 2.0**-23
+
+
+def _bits(keys: Tensor, tokens: Tensor) -> Tensor:
+    """The hash: 40 bits for each (key, token)."""
     x = keys + (tokens + 1) * _signed(_GOLDEN)
     x = (x ^ ((x >> 30) & (_MASK >> 30))) * _signed(_FIRST)
     x = (x ^ ((x >> 27) & (_MASK >> 27))) * _signed(_SECOND)
     x = x ^ ((x >> 31) & (_MASK >> 31))
-    u = (((x >> 24) & (_MASK >> 24)).float() + 0.5) * 2.0**-40
-    return -torch.log(-torch.log1p(-u.clamp(max=1 - 2.0**-24)))
+    return (x >> 24) & (_MASK >> 24)

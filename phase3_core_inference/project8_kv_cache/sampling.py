@@ -72,18 +72,29 @@ class Sampler:
 
     def draw(self, logits: Tensor, requests: Sequence[int], positions: Sequence[int]) -> Drawn:
         """Draw from logits (R, V) for these requests, whose tokens will stand at these positions."""
-        params = [self.params[i] for i in requests]
-        logits = raw = logits[:, : self.vocab_size].float()  # padding of the vocabulary is no token
+        raw = self.known(logits)
+        logits = raw
         if self.seen is not None:
-            index = self._index(requests)
+            index = self.index(requests)
             logits = penalize(logits, self.seen[index], self.penalty[index])
-        if all(p.greedy for p in params):
-            tokens = logits.argmax(-1).tolist()
-        else:
-            tokens = self._drawn(logits, requests, positions)
+        tokens = self.choose(logits, requests, positions)
+        self.remember(requests, tokens)
+        return Drawn(tokens, self.logprobs(raw, tokens, requests))
+
+    def known(self, logits: Tensor) -> Tensor:
+        """Logits (R, V) in float32 without the padding of the vocabulary, which is no token."""
+        return logits[:, : self.vocab_size].float()
+
+    def choose(self, logits: Tensor, requests: Sequence[int], positions: Sequence[int]) -> list[int]:
+        """The tokens drawn from logits after the penalty; a request may stand there several times."""
+        if all(self.params[i].greedy for i in requests):
+            return logits.argmax(-1).tolist()
+        return self._drawn(logits, requests, positions)
+
+    def remember(self, requests: Sequence[int], tokens: Sequence[int]) -> None:
+        """Let the penalty see tokens that became part of these texts."""
         if self.seen is not None:
-            self.seen[list(requests), tokens] = True
-        return Drawn(tokens, self._logprobs(raw, tokens, params))
+            self.seen[list(requests), list(tokens)] = True
 
     def _drawn(self, logits, requests, positions) -> list[int]:
         """The tokens, drawn from the likeliest first; what these do not settle, from all."""
@@ -95,17 +106,19 @@ class Sampler:
                 own, places = [requests[row] for row in left], [positions[row] for row in left]
                 keys = torch.tensor(noise_keys([self.seeds[i] for i in own], places), device=self.device).unsqueeze(-1)
                 rows = logits if len(left) == len(tokens) else logits[left]
-                drawn = self.among(n, cuts, rows, self.limits[self._index(own)], keys)
+                drawn = self.among(n, cuts, rows, self.limits[self.index(own)], keys)
                 for row, token in zip(left, drawn.tolist()):
                     tokens[row] = token
         return tokens
 
-    def _index(self, requests) -> slice | Tensor:
+    def index(self, requests: Sequence[int]) -> slice | Tensor:
         """What picks the columns of these requests."""
         everyone = list(requests) == list(range(len(self.params)))
         return slice(None) if everyone else torch.tensor(requests, device=self.device)
 
-    def _logprobs(self, logits, tokens, params) -> list[Logprobs | None]:
+    def logprobs(self, logits: Tensor, tokens: Sequence[int], requests: Sequence[int]) -> list[Logprobs | None]:
+        """What these requests want to know of their tokens, from logits (R, V) before the penalty."""
+        params = [self.params[i] for i in requests]
         if all(p.logprobs is None for p in params):
             return [None] * len(params)
         logprobs = logits.log_softmax(-1)

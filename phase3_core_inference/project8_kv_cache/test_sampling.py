@@ -6,7 +6,7 @@ import transformers
 
 from phase1_foundation.project1_minimal_gpt.sampling import next_token_probabilities
 from phase3_core_inference.project8_kv_cache.drawing import RecordedDraws, cut_tail, draw_among, penalize
-from phase3_core_inference.project8_kv_cache.noise import gumbel, noise_keys, scramble
+from phase3_core_inference.project8_kv_cache.noise import gumbel, noise_keys, scramble, uniform
 from phase3_core_inference.project8_kv_cache.sampling import Sampler
 from phase3_core_inference.project8_kv_cache.sampling_params import SamplingParams
 
@@ -59,6 +59,13 @@ def test_the_penalty_is_that_of_transformers():
     seen = torch.zeros(4, V, dtype=torch.bool).scatter(1, ids, True)
     theirs = transformers.RepetitionPenaltyLogitsProcessor(1.3)(ids, logits)
     torch.testing.assert_close(penalize(logits, seen, column(*[1.3] * 4)), theirs)
+
+
+def test_uniform_noise_fills_the_open_interval_evenly():
+    u = uniform(column(*noise_keys(range(40_000), [3] * 40_000)))
+    assert u.shape == (40_000, 1) and float(u.min()) > 0 and float(u.max()) < 1
+    counts = (u * 16).long().flatten().bincount(minlength=16).double()
+    assert float(((counts - 2500) ** 2 / 2500).sum()) < 37.7  # 15 degrees of freedom, the 0.1% level
 
 
 def test_noise_is_splitmix64_and_gumbel():

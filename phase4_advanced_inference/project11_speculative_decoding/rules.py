@@ -1,0 +1,166 @@
+"""
+Rules
+
+This file implements two exact ways to let a draft and a target agree, for a batch of requests, following:
+- "Fast Inference from Transformers via Speculative Decoding" (Leviathan et al., 2023) - speculative sampling
+- "Accelerating Large Language Model Decoding with Speculative Sampling" (Chen et al., 2023) - modified rejection
+  sampling
+
+Each component is explained with paper references for educational purposes.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.graphs import capture
+from phase3_core_inference.project8_kv_cache.drawing import penalize
+from phase3_core_inference.project8_kv_cache.noise import noise_keys, scramble
+from phase3_core_inference.project8_kv_cache.sampling import Sampler
+from phase4_advanced_inference.project11_speculative_decoding.acceptance import judge, propose
+
+Drafts = Sequence[Sequence[int]]
+DRAFT, LUCK, DEAL = 1, 2, 3  # what noise is for: the draft's draw, keep or reject, the target's draw
+
+
+class Recorder:
+    """Functions of tensors, recorded into a CUDA graph for each shape (elsewhere than on a GPU they are just called).
+
+    PAPER: "Fast Inference from Transformers via Speculative Decoding", arXiv:2211.17192, section 3.3 (wall time).
+    PAPER CONTEXT: the analysis counts runs of the models alone; what decides between them is taken to be free.
+    INTUITION: dozens of small orders in one letter.
+    IMPLEMENTATION: one recording for each function, its flag, and the shapes of its arguments.
+    WHY: launched one by one from Python, accepting would take longer than the draft.
+    """
+
+    def __init__(self, graphs: bool):
+        self.graphs, self._recorded = graphs, {}
+
+    def __call__(self, function: Callable, cuts: bool, *arguments: Tensor):
+        """function(cuts, *arguments); the result may lie in a buffer that the next call overwrites."""
+        if not self.graphs:
+            return function(cuts, *arguments)
+        key = (function, cuts, *(tuple(argument.shape) for argument in arguments))
+        if key not in self._recorded:
+            self._recorded[key] = capture(functools.partial(function, cuts), *arguments)
+        return self._recorded[key](*arguments)
+
+
+class CoupledRule:
+    """Draft and target draw with the same noise; what both drew is kept. The text is that of plain decoding.
+
+    PAPER: "Fast Inference from Transformers via Speculative Decoding", arXiv:2211.17192, section 2.3, in whose place it
+        stands: shared Gumbel noise is no part of the paper.
+    PAPER CONTEXT: drafts are tested against odds, so the text has the right distribution, but other words.
+    INTUITION: two players are dealt the same cards. Whoever plays alike plays the same card.
+    IMPLEMENTATION: project 8 draws token = argmax(log p + noise(seed, position)). The draft does so with its own p, the
+        target draws at every place as if there were no draft; a drafted token stays if it is the one drawn.
+    WHY: `generate` and speculation write the very same text, greedy or sampled, so that one can be tested by the other.
+        It keeps less than rejection does: see `formulas.agreement`.
+
+    Args:
+        sampler: of the requests, which stand in its rows; k: the most tokens of a draft; recorder: for a GPU.
+    """
+
+    def __init__(self, sampler: Sampler, k: int, recorder: Recorder):
+        self.sampler, self.k, self.recorder = sampler, k, recorder
+
+    def draft(self, logits: Tensor, rows: Sequence[int], positions: Sequence[int], drafted: Drafts):
+        """Draw for a draft with these logits (R, V), behind what it drafted for each row: (tokens, odds or None)."""
+        return self.sampler.choose(self.penalized(logits, rows, drafted), rows, positions), None
+
+    def judge(self, logits: Tensor, rows: Sequence[int], starts: Sequence[int], drafts: Drafts, odds: Tensor | None):
+        """Judge drafts by the target's logits, one row for each drafted token and one behind: [(kept, next token)].
+
+        `starts`: the positions of the first drafted tokens; odds (R, K, V): what they were drawn from, None: certain.
+        """
+        flat = [row for row, draft in zip(rows, drafts) for _ in range(len(draft) + 1)]
+        places = [start + j for start, draft in zip(starts, drafts) for j in range(len(draft) + 1)]
+        prefixes = [draft[:j] for draft in drafts for j in range(len(draft) + 1)]
+        own = iter(self.sampler.choose(self.penalized(logits, flat, prefixes), flat, places))
+        verdicts = []
+        for draft in drafts:
+            drawn = [next(own) for _ in range(len(draft) + 1)]
+            kept = next((j for j, (a, b) in enumerate(zip(draft, drawn)) if a != b), len(draft))
+            verdicts.append((kept, drawn[kept]))
+        return verdicts
+
+    def penalized(self, logits: Tensor, rows: Sequence[int], drafted: Drafts) -> Tensor:
+        """Logits (R, V) of these requests after their repetition penalty, which counts drafted tokens, too."""
+        sampler, logits = self.sampler, self.sampler.known(logits)
+        if sampler.seen is None:
+            return logits
+        index = torch.tensor(rows, device=logits.device)
+        seen = sampler.seen[index]  # a copy
+        places = [(i, token) for i, tokens in enumerate(drafted) for token in tokens]
+        if places:
+            seen[tuple(torch.tensor(places, device=logits.device).T)] = True
+        return penalize(logits, seen, sampler.penalty[index])
+
+
+class RejectionRule(CoupledRule):
+    """Drafted tokens are kept with probability min(1, p / q). The text has the distribution of plain decoding.
+
+    PAPER: "Fast Inference from Transformers via Speculative Decoding", arXiv:2211.17192, algorithm 1; "Accelerating
+        Large Language Model Decoding with Speculative Sampling", arXiv:2302.01318, algorithm 2.
+    PAPER CONTEXT: no approximation: any draft, whatever it proposes, leaves the target's distribution as it is.
+    INTUITION: customs: what is declared is let through by the odds that it should be there; the rest is replaced.
+    IMPLEMENTATION: `acceptance.verify` for all rows at once, over odds after penalty, temperature and cuts. Noise by
+        counting from (seed, position, purpose): three purposes, so that no decision knows another's luck.
+    WHY: no rule keeps more of a draft. Greedy requests alone need no odds: there both rules are the same comparison.
+
+    Arguments and methods as of `CoupledRule`.
+    """
+
+    def draft(self, logits, rows, positions, drafted):
+        """As of `CoupledRule`, with the odds (R, V) that were drawn from."""
+        if self._greedy():
+            return super().draft(logits, rows, positions, drafted)
+        keys = self._keys(rows, positions, DRAFT).unsqueeze(-1)
+        limits = self.sampler.limits[self.sampler.index(rows)]
+        odds, tokens = self.recorder(propose, self._cuts(rows), self.penalized(logits, rows, drafted), limits, keys)
+        return tokens.tolist(), odds.clone()
+
+    def judge(self, logits, rows, starts, drafts, odds):
+        """As of `CoupledRule`."""
+        if self._greedy():
+            return super().judge(logits, rows, starts, drafts, odds)
+        K, device = self.k, logits.device
+        flat = [row for row, draft in zip(rows, drafts) for _ in range(len(draft) + 1)]
+        prefixes = [draft[:j] for draft in drafts for j in range(len(draft) + 1)]
+        logits = self.penalized(logits, flat, prefixes)
+        # Every row gets K + 1 places; those behind its draft repeat its last logits, and nobody looks at them.
+        ends = torch.tensor([len(draft) + 1 for draft in drafts]).cumsum(0) - 1
+        source = [int(end) - max(len(d) - j, 0) for end, d in zip(ends, drafts) for j in range(K + 1)]
+        logits = logits[torch.tensor(source, device=device)]  # (R (K+1), V)
+        spread = [row for row in rows for _ in range(K + 1)]
+        limits = self.sampler.limits[torch.tensor(spread, device=device)]
+        tokens = torch.tensor([[*draft, *[0] * (K - len(draft))] for draft in drafts], device=device)
+        counts = torch.tensor([len(draft) for draft in drafts], device=device)
+        places = [start + j for start in starts for j in range(K + 1)]
+        luck, deal = (self._keys(spread, places, purpose).view(len(rows), K + 1) for purpose in (LUCK, DEAL))
+        if odds is None:
+            q = torch.ones(len(rows), K, 1, device=device)
+        else:
+            q = F.pad(odds, (0, 0, 0, K - odds.shape[1]))
+        kept, own = self.recorder(
+            judge, self._cuts(rows), logits, limits, q, tokens, counts, luck[:, :K].contiguous(), deal
+        )
+        return list(zip(*torch.stack([kept, own]).tolist()))
+
+    def _greedy(self) -> bool:
+        return all(params.greedy for params in self.sampler.params)
+
+    def _cuts(self, rows) -> bool:
+        return any(self.sampler.params[row].cuts or self.sampler.params[row].greedy for row in rows)
+
+    def _keys(self, rows, positions, purpose) -> Tensor:
+        """One int64 for each (seed of the row, position, purpose)."""
+        seeds = [scramble(self.sampler.seeds[row] + (purpose << 32)) for row in rows]
+        return torch.tensor(noise_keys(seeds, positions), device=self.sampler.device)
+
+
+RULES = {"rejection": RejectionRule, "coupled": CoupledRule}
