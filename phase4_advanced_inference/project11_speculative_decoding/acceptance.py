@@ -9,28 +9,28 @@ This file implements which drafted tokens are kept, and what stands in place of 
 Each component is explained with paper references for educational purposes.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from phase3_core_inference.project8_kv_cache.drawing import cut_tail
-from phase3_core_inference.project8_kv_cache.noise import gumbel, uniform
+from phase3_core_inference.project8_kv_cache.noise import gumbel, noise_keys, scramble, uniform
+
+DRAFT, LUCK, DEAL = 1, 2, 3  # what noise is for: the draft's draw, keep or reject, the draw that follows
 
 
 def odds_of(cuts: bool, logits: Tensor, limits: Tensor) -> Tensor:
-    """What a request really draws from: probabilities after temperature and cuts (the penalty came before).
+    """What a request really draws from, (R, V): after temperature and cuts (the penalty came before).
 
     PAPER: "Fast Inference from Transformers via Speculative Decoding", arXiv:2211.17192, section 2.2.
-    PAPER CONTEXT: argmax, top-k, nucleus and temperature are all sampling from a changed distribution; it is this one
-        that draft and target are compared by.
+    PAPER CONTEXT: argmax, top-k, nucleus and temperature are all sampling, from a changed distribution.
     INTUITION: compare what is dealt, not the whole pack.
-    IMPLEMENTATION: project 8's cuts over all tokens, then softmax. A greedy request puts everything on the first of the
-        likeliest tokens.
+    IMPLEMENTATION: project 8's cuts over all tokens, then softmax; greedy is 1 on the first of the likeliest tokens.
     WHY: with the raw probabilities the rule would be exact for a text that nobody asked for.
 
     Args:
         cuts: whether any row has its tail cut; logits (R, V) float32; limits (R, 5) as of `draw_among`.
-
-    Returns probabilities (R, V).
     """
     temperature, top_k, top_p, min_p, luck = limits.split(1, dim=-1)
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
@@ -40,20 +40,16 @@ def odds_of(cuts: bool, logits: Tensor, limits: Tensor) -> Tensor:
 
 
 def acceptance(p: Tensor, q: Tensor, drafts: Tensor) -> Tensor:
-    """The probability to keep each drafted token: min(1, p / q).
+    """The probability to keep each drafted token: min(1, p / q); p, q (..., V), drafts (...) -> (...).
 
-    PAPER: "Fast Inference from Transformers via Speculative Decoding", arXiv:2211.17192, section 2.3; "Accelerating
-        Large Language Model Decoding with Speculative Sampling", arXiv:2302.01318, algorithm 2.
+    PAPER: "Fast Inference from Transformers via Speculative Decoding", arXiv:2211.17192, section 2.3.
     PAPER CONTEXT: a sample x of q is kept if q(x) <= p(x), and otherwise rejected with probability 1 - p(x) / q(x).
     INTUITION: what the draft says too often is struck out as often as it is too much.
     IMPLEMENTATION: one gather of each; a token that q could not have drawn (padding) is never kept.
     WHY: summed over x this keeps min(p, q), the most that any rule can keep: what is common to both.
 
-    p, q (..., V), drafts (...) -> (...)
-
-    >>> p, q = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.75]])
-    >>> acceptance(p, q, torch.tensor([0])).item(), round(acceptance(p, q, torch.tensor([1])).item(), 3)
-    (1.0, 0.667)
+    >>> acceptance(torch.tensor([0.5, 0.5]), torch.tensor([0.2, 0.8]), torch.tensor(1)).item()
+    0.625
     """
     theirs, own = (x.gather(-1, drafts.unsqueeze(-1)).squeeze(-1) for x in (p, q))
     return torch.where(own > 0, (theirs / own.clamp(min=1e-38)).clamp(max=1.0), 0.0)
@@ -62,8 +58,7 @@ def acceptance(p: Tensor, q: Tensor, drafts: Tensor) -> Tensor:
 def residual(p: Tensor, q: Tensor) -> Tensor:
     """Where the token in place of a rejected one is drawn from: norm(max(0, p - q)).
 
-    PAPER: "Fast Inference from Transformers via Speculative Decoding", arXiv:2211.17192, section 2.3 and appendix A.1;
-        "Accelerating Large Language Model Decoding with Speculative Sampling", arXiv:2302.01318, theorem 1.
+    PAPER: "Fast Inference from Transformers via Speculative Decoding", arXiv:2211.17192, section 2.3, appendix A.1.
     PAPER CONTEXT: p'(x) = norm(max(0, p(x) - q(x))); together with what was kept this is p.
     INTUITION: the draft filled a part of every glass; what is missing is poured from the rest.
     IMPLEMENTATION: all zero only where p and q differ by rounding alone: p itself then. With q = 0 it is p.
@@ -82,11 +77,10 @@ def verify(p: Tensor, q: Tensor, drafts: Tensor, counts: Tensor, luck: Tensor, d
 
     PAPER: "Fast Inference from Transformers via Speculative Decoding", arXiv:2211.17192, algorithm 1; "Accelerating
         Large Language Model Decoding with Speculative Sampling", arXiv:2302.01318, algorithm 2.
-    PAPER CONTEXT: tokens are kept up to the first rejection; that one is drawn again from the residual, or, if all were
-        kept, one more comes from p.
+    PAPER CONTEXT: tokens are kept up to the first rejection, in whose place one is drawn; after none, one more is.
     INTUITION: read the guess up to the first wrong word, write the right one there, and hand it back.
-    IMPLEMENTATION: all rows at once: a cumulative product finds the first rejection. Both cases are one draw, as behind
-        a draft that was kept whole q counts as 0. Drawing is argmax of log probability plus Gumbel noise.
+    IMPLEMENTATION: a cumulative product finds the first rejection. Both cases are one draw (argmax of log probability
+        plus Gumbel noise): behind a draft that was kept whole q counts as 0.
     WHY: every step brings at least one token, and each is distributed as if the target had drawn it.
 
     Args:
@@ -104,6 +98,12 @@ def verify(p: Tensor, q: Tensor, drafts: Tensor, counts: Tensor, luck: Tensor, d
     theirs = torch.where((kept < counts).unsqueeze(-1), q[row, kept.clamp(max=K - 1)], 0.0)  # (R, V)
     rest = residual(p[row, kept], theirs)
     return kept, draw(rest, deal[row, kept].unsqueeze(-1))
+
+
+def keys_for(purpose: int, seeds: Sequence[int], positions: Sequence[int], device) -> Tensor:
+    """One int64 for each (seed, position): of noise that is for this purpose, and independent of any other's."""
+    keys = noise_keys([scramble(seed + (purpose << 32)) for seed in seeds], positions)
+    return torch.tensor(keys, device=device)
 
 
 def certain(tokens: Tensor, like: Tensor) -> Tensor:

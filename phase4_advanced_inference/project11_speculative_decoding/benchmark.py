@@ -31,7 +31,7 @@ from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
 from phase3_core_inference.project8_kv_cache.generation import SamplingParams, Writer
 from phase4_advanced_inference.project11_speculative_decoding import benchmark_config
 from phase4_advanced_inference.project11_speculative_decoding.drafts import ModelDraft, NGramDraft
-from phase4_advanced_inference.project11_speculative_decoding.formulas import expected_speedup, expected_tokens
+from phase4_advanced_inference.project11_speculative_decoding.formulas import expected_speedup
 from phase4_advanced_inference.project11_speculative_decoding.speculative import SpeculativeWriter
 
 TRAIN = ROOT / "phase1_foundation" / "project3_pretrain" / "train_pretrain.py"
@@ -176,13 +176,13 @@ def measure_acceptance(report, s, bench):
             known = k == s.K
             tally = acceptance_row(None if known else report, s, bench, "prose", "model", k, temperature, "rejection")
             measured.append(tally.tokens_per_step)
-            formula.append(expected_tokens(tally.alpha, k))
+            formula.append(tally.expected_tokens_per_step)
         lines[f"temperature {temperature:g}: measured"] = (s.KS, measured)
         lines[f"temperature {temperature:g}: formula"] = (s.KS, formula)
     for name, (xs, ys) in lines.items():
         report.series(f"tokens a step, {name}", xs, ys)
     curves(report.folder / f"project11_speculative_decoding.{report.slug}.png", lines, "tokens of a draft (k)",
-           "tokens a step", "Model draft, held-out prose: tokens a step of the target", logx=True)  # fmt: skip
+           "tokens a step", "Model draft, held-out prose: tokens a step of the target")  # fmt: skip
 
 
 def acceptance_row(report, s, bench, name, draft, k, temperature, rule):

@@ -14,7 +14,7 @@ SEED: int | None = None  # the same text every time; none: another one
 
 # == Draft ==
 DRAFT = "ngram"  # ngram, ngram:n=2, or a smaller model: a checkpoint, a Hugging Face folder or org/name
-K = 4  # tokens of a draft at most
+DRAFT_TOKENS = 4  # tokens of a draft at most
 RULE = "rejection"  # rejection: the same distribution, coupled: the very text of plain decoding
 
 # == Cache ==
@@ -54,7 +54,7 @@ def validate_config(settings=None):
     }.items():  # fmt: skip
         if getattr(s, name) not in known:
             raise ValueError(f"{name}={getattr(s, name)} is unknown: use one of {', '.join(known)}")
-    for name in ("K", "MAX_NEW_TOKENS"):
+    for name in ("DRAFT_TOKENS", "MAX_NEW_TOKENS"):
         if getattr(s, name) < 1:
             raise ValueError(f"{name}={getattr(s, name)} must be at least 1")
     if not s.PROMPT:

@@ -17,7 +17,7 @@ def expected_tokens(alpha: float, k: int) -> float:
     """Tokens that a step of the target brings.
 
     PAPER: "Fast Inference from Transformers via Speculative Decoding", arXiv:2211.17192, section 3.1, equation 1.
-    PAPER CONTEXT: a capped geometric variable: (1 - alpha^(gamma + 1)) / (1 - alpha), if acceptances are independent.
+    PAPER CONTEXT: (1 - alpha^(gamma + 1)) / (1 - alpha), if acceptances are independent.
     INTUITION: the first token comes anyway; the next with probability alpha, the one after with alpha squared, ...
     IMPLEMENTATION: the sum itself, which also holds for alpha = 1.
     WHY: measured tokens a step that differ show that acceptances come in runs: easy passages and hard ones.
@@ -32,11 +32,9 @@ def expected_speedup(alpha: float, k: int, cost: float, verification: float = 1.
     """How many times as fast the text comes.
 
     PAPER: "Fast Inference from Transformers via Speculative Decoding", arXiv:2211.17192, section 3.3, theorem 3.8.
-    PAPER CONTEXT: (1 - alpha^(gamma + 1)) / ((1 - alpha) (gamma c + 1)), c being the time of a draft's step over that
-        of a target's.
+    PAPER CONTEXT: (1 - alpha^(gamma + 1)) / ((1 - alpha) (gamma c + 1)), c: time of a draft's step / of a target's.
     INTUITION: what a step brings over what it costs: k guesses and one check.
-    IMPLEMENTATION: `verification` is the time of a step over k + 1 tokens over that of a step over one: 1 in the paper,
-        which assumes that there is arithmetic to spare.
+    IMPLEMENTATION: `verification`: time of a step over k + 1 tokens / over one; 1 in the paper (arithmetic to spare).
     WHY: says before any code is written whether a draft pays: alpha must exceed c.
 
     >>> round(expected_speedup(0.7, 4, 0.2), 2), round(expected_speedup(0.2, 4, 0.2), 2)
@@ -60,12 +58,10 @@ def overlap(p: Tensor, q: Tensor) -> Tensor:
 def agreement(p: Tensor, q: Tensor) -> Tensor:
     """How often draws from p and q with the same Gumbel noise agree: (..., V) -> (...).
 
-    PAPER: "Fast Inference from Transformers via Speculative Decoding", arXiv:2211.17192, section 3.2, for whose beta
-        this stands when the rule is `CoupledRule`; the formula is not from the paper.
+    PAPER: "Fast Inference from Transformers via Speculative Decoding", section 3.2, has `overlap`; none has this.
     PAPER CONTEXT: beta is the probability that a drafted token is kept.
     INTUITION: two races with the same weather: x wins both if it beats every y in the race that suits y better.
-    IMPLEMENTATION: exponential races: x wins both with probability 1 / sum over y of max(p_y / p_x, q_y / q_x). Since
-        that maximum is at most max(p_y, q_y) / min(p_x, q_x), it is at least (1 - TV) / (1 + TV).
+    IMPLEMENTATION: exponential races: x wins both with probability 1 / sum over y of max(p_y / p_x, q_y / q_x).
     WHY: the price of a text that does not change: between (1 - TV) / (1 + TV) and the 1 - TV of `overlap`.
     """
     both = (p > 0) & (q > 0)  # who cannot win one of the races cannot win both
@@ -80,8 +76,8 @@ class Tally:
     PAPER: "Fast Inference from Transformers via Speculative Decoding", arXiv:2211.17192, sections 3.1 and 3.2.
     PAPER CONTEXT: alpha is the mean probability that a drafted token is kept, given that those before it were.
     INTUITION: a list of strokes, one for every check.
-    IMPLEMENTATION: counts of (drafted, kept), a row and step each. A token behind the first rejected one was never
-        tested and does not count: alpha = kept / tested, and not kept / drafted, as other programs report it.
+    IMPLEMENTATION: counts of (drafted, kept), a row and step each. Tokens behind the first rejected one were never
+        tested: alpha = kept / tested, not kept / drafted, as other programs report it.
     WHY: from these counts alone come alpha, tokens a step, and what the formula says to them.
 
     >>> tally = Tally()

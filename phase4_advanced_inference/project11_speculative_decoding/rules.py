@@ -18,12 +18,18 @@ from torch import Tensor
 
 from common.graphs import capture
 from phase3_core_inference.project8_kv_cache.drawing import penalize
-from phase3_core_inference.project8_kv_cache.noise import noise_keys, scramble
 from phase3_core_inference.project8_kv_cache.sampling import Sampler
-from phase4_advanced_inference.project11_speculative_decoding.acceptance import judge, propose
+from phase3_core_inference.project8_kv_cache.work import power_of_two
+from phase4_advanced_inference.project11_speculative_decoding.acceptance import (
+    DEAL,
+    DRAFT,
+    LUCK,
+    judge,
+    keys_for,
+    propose,
+)
 
 Drafts = Sequence[Sequence[int]]
-DRAFT, LUCK, DEAL = 1, 2, 3  # what noise is for: the draft's draw, keep or reject, the target's draw
 
 
 class Recorder:
@@ -32,7 +38,8 @@ class Recorder:
     PAPER: "Fast Inference from Transformers via Speculative Decoding", arXiv:2211.17192, section 3.3 (wall time).
     PAPER CONTEXT: the analysis counts runs of the models alone; what decides between them is taken to be free.
     INTUITION: dozens of small orders in one letter.
-    IMPLEMENTATION: one recording for each function, its flag, and the shapes of its arguments.
+    IMPLEMENTATION: one recording for each function, its flag, and the shapes of its arguments. Rows are filled up to a
+        power of two, so that few recordings serve a batch whose rows end one by one.
     WHY: launched one by one from Python, accepting would take longer than the draft.
     """
 
@@ -40,13 +47,20 @@ class Recorder:
         self.graphs, self._recorded = graphs, {}
 
     def __call__(self, function: Callable, cuts: bool, *arguments: Tensor):
-        """function(cuts, *arguments); the result may lie in a buffer that the next call overwrites."""
+        """function(cuts, *arguments), of as many rows as the last argument has, or a multiple of these.
+
+        The results (a tuple) may lie in buffers that the next call overwrites.
+        """
         if not self.graphs:
             return function(cuts, *arguments)
+        R = len(arguments[-1])
+        filled = power_of_two(R) - R
+        if filled:
+            arguments = [F.pad(x, (*[0, 0] * (x.dim() - 1), 0, filled * len(x) // R), value=1) for x in arguments]
         key = (function, cuts, *(tuple(argument.shape) for argument in arguments))
         if key not in self._recorded:
             self._recorded[key] = capture(functools.partial(function, cuts), *arguments)
-        return self._recorded[key](*arguments)
+        return tuple(result[:R] for result in self._recorded[key](*arguments))
 
 
 class CoupledRule:
@@ -158,9 +172,7 @@ class RejectionRule(CoupledRule):
         return any(self.sampler.params[row].cuts or self.sampler.params[row].greedy for row in rows)
 
     def _keys(self, rows, positions, purpose) -> Tensor:
-        """One int64 for each (seed of the row, position, purpose)."""
-        seeds = [scramble(self.sampler.seeds[row] + (purpose << 32)) for row in rows]
-        return torch.tensor(noise_keys(seeds, positions), device=self.sampler.device)
+        return keys_for(purpose, [self.sampler.seeds[row] for row in rows], positions, self.sampler.device)
 
 
 RULES = {"rejection": RejectionRule, "coupled": CoupledRule}

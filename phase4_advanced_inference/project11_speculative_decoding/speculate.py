@@ -27,7 +27,7 @@ def main(argv=None):
         model, tokenizer = load(s.CHECKPOINT, run.device, dtype)
         draft = draft_of(s.DRAFT, tokenizer, run.device, dtype, s.GRAPHS)
         options = {"n_rows": len(s.PROMPT), "cache": s.CACHE, "graphs": s.GRAPHS}
-        writer = SpeculativeWriter(model, tokenizer, draft, s.K, s.RULE, **options)
+        writer = SpeculativeWriter(model, tokenizer, draft, s.DRAFT_TOKENS, s.RULE, **options)
         texts, seconds = write(run, writer, s)
         for number, text in enumerate(texts):
             run.print(f"--- {number + 1} ({text.finish_reason})\n{s.PROMPT[number]}{text.text}")

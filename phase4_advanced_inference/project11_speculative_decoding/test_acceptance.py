@@ -10,7 +10,16 @@ from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
 from phase3_core_inference.project8_kv_cache.generation import SamplingParams, generate
 from phase3_core_inference.project8_kv_cache.noise import noise_keys
 from phase4_advanced_inference.project11_speculative_decoding import acceptance
-from phase4_advanced_inference.project11_speculative_decoding.acceptance import draw, odds_of, residual, verify
+from phase4_advanced_inference.project11_speculative_decoding.acceptance import (
+    DEAL,
+    DRAFT,
+    LUCK,
+    draw,
+    keys_for,
+    odds_of,
+    residual,
+    verify,
+)
 from phase4_advanced_inference.project11_speculative_decoding.drafts import ModelDraft
 from phase4_advanced_inference.project11_speculative_decoding.formulas import (
     agreement,
@@ -55,11 +64,6 @@ def chains():
     return target / target.sum(-1, keepdim=True), draft / draft.sum(-1, keepdim=True)
 
 
-def keys_of(seeds, positions, purpose):
-    """Noise keys (R,) of these seeds and positions."""
-    return torch.tensor(noise_keys([seed * 8 + purpose for seed in seeds], positions))
-
-
 def speculate(p, q, rows=ROWS, k=K, bonus=None):
     """Texts of LENGTH tokens behind token 0, (rows, LENGTH), each of its own seed, by as many checks as it takes."""
     texts, lengths = torch.zeros(rows, LENGTH + k + 1, dtype=torch.long), torch.zeros(rows, dtype=torch.long)
@@ -70,13 +74,13 @@ def speculate(p, q, rows=ROWS, k=K, bonus=None):
         context = [last]
         for j in range(k):
             odds.append(q[context[-1]])
-            drafts.append(draw(odds[-1], keys_of(seeds, places[j], 1).unsqueeze(-1)))
+            drafts.append(draw(odds[-1], keys_for(DRAFT, seeds, places[j], "cpu").unsqueeze(-1)))
             context.append(drafts[-1])
         theirs = torch.stack([p[token] for token in context], dim=1)
         if bonus is not None:
             theirs[:, k] = bonus[context[-1]]
-        luck = torch.stack([keys_of(seeds, places[j], 2) for j in range(k)], dim=1)
-        deal = torch.stack([keys_of(seeds, places[j], 3) for j in range(k + 1)], dim=1)
+        luck = torch.stack([keys_for(LUCK, seeds, places[j], "cpu") for j in range(k)], dim=1)
+        deal = torch.stack([keys_for(DEAL, seeds, places[j], "cpu") for j in range(k + 1)], dim=1)
         drafted = torch.stack(drafts, dim=1)
         kept, own = verify(theirs, torch.stack(odds, dim=1), drafted, torch.full((rows,), k), luck, deal)
         for j in range(k + 1):

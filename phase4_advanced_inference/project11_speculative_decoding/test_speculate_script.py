@@ -62,11 +62,13 @@ def test_coupled_texts_are_the_same_and_rejection_ones_need_not_be(folder, capsy
     ("more", "said"),
     [
         (["--draft", "nowhere.pt"], "nowhere.pt"), (["--draft", "ngram:n=0"], "n=0 and shortest=1"),
-        (["--draft", "ngram:length=3"], "draft 'ngram:length=3'"), (["--k", "0"], "K=0 must be at least 1"),
+        (["--draft", "ngram:length=3"], "draft 'ngram:length=3'"),
+        (["--draft_tokens", "0"], "DRAFT_TOKENS=0 must be at least 1"),
         (["--rule", "luck"], "RULE=luck is unknown: use one of rejection, coupled"),
         (["--cache", "ghost"], "CACHE=ghost is unknown"), (["--top_p", "2"], "TOP_P=2.0"),
         (["--temperature", "-1"], "TEMPERATURE=-1.0"), (["--prompt"], "PROMPT=[] begins no text"),
-        (["--k", "80"], "k + 1 at most what the cache takes"), (["--prompt", "x" * 64], "leaves no room to go on"),
+        (["--draft_tokens", "80"], "k + 1 at most what the cache takes"),
+        (["--prompt", "x" * 64], "leaves no room to go on"),
     ],
 )  # fmt: skip
 def test_what_a_user_can_get_wrong(folder, more, said, capsys):

@@ -9,6 +9,7 @@ from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
 from phase2_finetuning.project4_sft.vocabulary import byte_tokenizer
 from phase3_core_inference.project8_kv_cache.generation import SamplingParams, Writer, generate
 from phase3_core_inference.project8_kv_cache.sliding_cache import SlidingCache
+from phase4_advanced_inference.project10_prompt_caching.prompt_cache import PromptCache
 from phase4_advanced_inference.project11_speculative_decoding.drafts import ModelDraft, NGramDraft, Proposal
 from phase4_advanced_inference.project11_speculative_decoding.speculative import SpeculativeWriter, speculative_generate
 
@@ -173,6 +174,23 @@ def test_a_writer_serves_again_and_forgets_what_was_broken_off(model):
     model.eval()
     tokens = [piece.token for piece in writer.stream(PROMPTS[2:], [GREEDY] * 2) if piece.index == 1]
     assert tokens == generate(model, TOKENIZER, PROMPTS[3], GREEDY).tokens
+
+
+@pytest.mark.parametrize("rule", ["rejection", "coupled"])
+@pytest.mark.parametrize("chunk", [3, 64])
+def test_beside_remembered_beginnings(model, rule, chunk):
+    """What was verified, rejected or ended in the middle of a burst is remembered right: all later texts are, too."""
+    prompts = [*PROMPTS, "The quick brown fox sleeps", "Hello", "Hello there"]
+    settings = [GREEDY] if rule == "rejection" else [GREEDY, SETTINGS["temperature, top-k"]]
+    for params in settings:
+        expected = tokens_of(generate(model, TOKENIZER, prompts, [params] * len(prompts)))
+        for draft in drafts_for(model):
+            prefixes, texts = PromptCache(), []
+            writer = SpeculativeWriter(model, TOKENIZER, draft, 4, rule, chunk=chunk, prefixes=prefixes)
+            for prompt in prompts * 2:
+                texts.append([p.token for p in writer.stream([prompt], [params])])
+            assert texts == expected * 2
+            assert prefixes.statistics.found > sum(len(TOKENIZER.encode(prompt)) - 1 for prompt in prompts)
 
 
 def test_fewer_steps_of_the_target(model):
