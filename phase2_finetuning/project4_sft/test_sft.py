@@ -123,7 +123,9 @@ def test_what_is_saved_can_be_trained_on(template, tmp_path, capsys, monkeypatch
         return whole
 
     monkeypatch.setattr(chat_script, "answer", scripted)
-    settings = SimpleNamespace(SYSTEM="Be kind.", MAX_NEW_TOKENS=9, TEMPERATURE=1.0, TOP_K=None, TOP_P=None, SEED=None)
+    settings = SimpleNamespace(
+        SYSTEM="Be kind.", MAX_NEW_TOKENS=9, TEMPERATURE=1.0, TOP_K=None, TOP_P=None, SEED=None, MEMORY_MIB=8
+    )
     talk = chat_script._Conversation(None, template, settings)
     path = tmp_path / "talk.jsonl"
     lines = ("/save", f"/save {path}", "Hi", "Go on", "Bye", f"/save {path}", f"/save {path}", "/save /", "/quit")

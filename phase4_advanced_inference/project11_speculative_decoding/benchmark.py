@@ -119,7 +119,8 @@ def train(s, device, kind):
     tokenizer = "gpt2" if device.type == "cuda" else str(Path(s.PAIR_DIR) / "tokenizer.pkl")
     command = [
         sys.executable, str(TRAIN), "--checkpoint", str(folder / "initial.pt"), "--out_dir", str(folder),
-        "--max_steps", str(s.TRAIN_STEPS), "--block_size", "256", "--tokenizer", tokenizer, "--data_dir",
+        "--max_steps", str(s.TRAIN_STEPS), "--warmup_steps", str(s.TRAIN_STEPS // 10),
+        "--block_size", "256", "--tokenizer", tokenizer, "--data_dir",
         str(Path(s.PAIR_DIR) / "tokens"), "--train_data_path", s.TRAIN_DATA_PATH, "--eval_every",
         str(max(1, s.TRAIN_STEPS // 2)), "--eval_tokens", "8192", "--device", device.type, *shlex.split(s.TRAIN_FLAGS),
     ]  # fmt: skip

@@ -20,7 +20,7 @@ from phase4_advanced_inference.project11_speculative_decoding.acceptance import 
     residual,
     verify,
 )
-from phase4_advanced_inference.project11_speculative_decoding.drafts import ModelDraft
+from phase4_advanced_inference.project11_speculative_decoding.drafts import ModelDraft, NGramDraft
 from phase4_advanced_inference.project11_speculative_decoding.formulas import (
     agreement,
     expected_speedup,
@@ -154,17 +154,18 @@ def test_a_last_token_of_the_draft_is_found():
     assert chi_square(cells(speculate(p, q, k=1, bonus=q)), exact(p)) > CRITICAL[63]
 
 
-@pytest.mark.parametrize("rule", ["rejection", "coupled"])
+@pytest.mark.parametrize(("rule", "kind"), [("rejection", "model"), ("rejection", "ngram"), ("coupled", "model")])
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.4, "top_k": 4, "repetition_penalty": 1.3}])
-def test_whole_texts_of_models_have_their_odds(rule, settings):
-    """Three tokens by two Transformers over 5 tokens, 2,048 texts: against the odds of all 125 texts."""
+def test_whole_texts_of_models_have_their_odds(rule, kind, settings):
+    """Three tokens by Transformers over 5 tokens, 2,048 texts: against the odds of all 125 texts."""
     target, draft, n = tiny_model(0, vocab_size=5), tiny_model(1, vocab_size=5), 2048
     params = [SamplingParams(3, seed=seed, stop_ids=(), **settings) for seed in range(n)]
+    draft, prompt = (ModelDraft(draft), [2, 1]) if kind == "model" else (NGramDraft(), [2, 1, 2, 1, 2])
     texts = speculative_generate(
-        target, Numbers(5), [[2, 1]] * n, params, ModelDraft(draft), k=2, rule=rule, n_rows=2048, capacity=8
+        target, Numbers(5), [prompt] * n, params, draft, k=2, rule=rule, n_rows=2048, capacity=8
     )
     counts = cells(torch.tensor([text.tokens for text in texts]), base=5)
-    odds = exact_odds(target, [2, 1], params[0])
+    odds = exact_odds(target, prompt, params[0])
     often = odds * n >= 8
     assert int(often.sum()) > 10 and float(odds.sum()) == pytest.approx(1)
     counts, odds = (torch.cat([x[often], x[~often].sum().view(1)]) for x in (counts, odds))  # rare ones are one cell
