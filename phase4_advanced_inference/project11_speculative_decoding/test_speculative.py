@@ -97,7 +97,7 @@ def test_a_batch_in_which_each_wants_something_else(model):
 def test_a_text_does_not_depend_on_its_neighbours(model, rule):
     draft, params = ModelDraft(nearly(model)), SETTINGS["temperature, top-k"]
     alone = [speculative_generate(model, TOKENIZER, p, params, draft, rule=rule).tokens for p in PROMPTS]
-    for options in ({}, {"n_rows": 2}, {"n_rows": 3, "chunk": 3}, {"graphs": True}):
+    for options in ({}, {"n_rows": 2}, {"n_rows": 3, "chunk": 3}, {"graphs": True, "n_rows": 3}):
         texts = speculative_generate(model, TOKENIZER, PROMPTS, params, draft, rule=rule, **options)
         assert tokens_of(texts) == alone
     mixed = [params, GREEDY, SamplingParams(3, seed=9), params]
