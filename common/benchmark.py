@@ -13,6 +13,7 @@ import platform
 import statistics
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -229,6 +230,32 @@ class Report:
             refresh_readme(self.project)
         if not all(check["ok"] for check in self.checks):
             raise SystemExit(1)
+
+
+def run_parts(report, parts, between=None):
+    """Run the parts of a benchmark in turn and finish its report; one that fails leaves the others alone.
+
+    Args:
+        parts: name -> function without arguments.
+        between: called after each of them, to free what it left in memory.
+
+    Raises:
+        ValueError: naming the parts that failed and why, after what the others measured is written.
+    """
+    failed = {}
+    for name, part in parts.items():
+        try:
+            part()
+        except Exception as error:
+            traceback.print_exc()
+            failed[name] = str(error)  # the error itself would keep its tensors alive
+        if between:
+            between()
+    try:
+        report.finish()
+    finally:
+        if failed:
+            raise ValueError("; ".join(f"the part {name} failed: {error}" for name, error in failed.items()))
 
 
 def _as_json(result):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common import benchmark
-from common.benchmark import END, START, Report, measure, measure_recorded
+from common.benchmark import END, START, Report, measure, measure_recorded, run_parts
 
 
 def test_measure_interleaves_so_that_drift_hits_all_alike():
@@ -103,6 +103,26 @@ def test_a_failed_check_exits_with_1_and_is_kept(house, capsys):
     assert "FAIL  round trip  3 texts differ" in capsys.readouterr().out
     result = json.loads((house / "results" / "project2_tokenizer.cpu.json").read_text(encoding="utf-8"))
     assert not result["checks"][0]["ok"]
+
+
+def test_a_part_that_fails_leaves_the_others_alone_and_is_named_at_the_end(house, capsys):
+    mine, done = Report("project1_minimal_gpt", "A title", "cpu"), []
+
+    def breaks():
+        raise RuntimeError("no such thing")
+
+    parts = {
+        "one": lambda: mine.row("speed", 1.0, "tok/s"),
+        "two": breaks,
+        "three": lambda: mine.check("sum", False),
+    }
+    with pytest.raises(ValueError, match="the part two failed: no such thing"):
+        run_parts(mine, parts, lambda: done.append(len(mine.rows + mine.checks)))
+    written = json.loads(mine.path.read_text())
+    assert done == [1, 1, 2] and [row["name"] for row in written["rows"]] == ["speed"]
+    assert "RuntimeError" in capsys.readouterr().err  # where it broke
+    with pytest.raises(SystemExit):  # without a broken part a failed check still ends it so
+        run_parts(mine, {})
 
 
 def test_what_was_measured_is_said_and_saved_before_the_end(house, capsys):

@@ -8,15 +8,15 @@ memory and time of a training step. batch: a batch in which each row has its own
 bundled conversations reaches. The peer is `peft` on the same shape in `transformers`, timed in turn with ours.
 """
 
+import functools
 import itertools
 import tempfile
-import traceback
 
 import torch
 import torch.nn.functional as F
 
 from common import CHECKPOINTS
-from common.benchmark import Report, measure
+from common.benchmark import Report, measure, run_parts
 from common.plots import curves
 from common.run import Run
 from phase1_foundation.project3_pretrain.evaluation import validation_loss
@@ -50,18 +50,12 @@ def main(argv=None):
     with Run(benchmark_config, argv, description=__doc__) as run:
         s = run.settings
         report = Report("project5_lora", "LoRA", run.device, keep=len(s.PARTS) < 4)
-        failed = {}
-        for part in s.PARTS:
-            for shape in s.MODELS if part == "cost" else s.MODELS[-1:]:
-                try:
-                    PARTS[part](report, s, run.device, shape)
-                except Exception as error:
-                    traceback.print_exc()
-                    failed[f"{part} ({shape})"] = str(error)  # the error itself would keep its tensors alive
-                torch.cuda.empty_cache()
-        report.finish()
-        if failed:
-            raise ValueError("; ".join(f"the part {name} failed: {error}" for name, error in failed.items()))
+        parts = {
+            f"{part} ({shape})": functools.partial(PARTS[part], report, s, run.device, shape)
+            for part in s.PARTS
+            for shape in (s.MODELS if part == "cost" else s.MODELS[-1:])
+        }
+        run_parts(report, parts, torch.cuda.empty_cache)
 
 
 # -- the peer

@@ -10,11 +10,11 @@ timed in turn with ours. Without float8 hardware it is emulated: then only the e
 """
 
 import copy
+import functools
 import gc
 import shlex
 import subprocess
 import sys
-import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from common import CHECKPOINTS, ROOT, graphs
-from common.benchmark import Report, measure, measure_recorded
+from common.benchmark import Report, measure, measure_recorded, run_parts
 from common.device import peak_flops
 from common.kernels import relative_error
 from common.plots import curves
@@ -79,18 +79,12 @@ def main(argv=None):
         torch.set_float32_matmul_precision("high")
         torch._dynamo.config.recompile_limit = 64  # all rivals share the code of a block
         report = Report("project7_mixed_precision", "Mixed precision", run.device, keep=len(s.PARTS) < 5)
-        failed = {}
-        for part in s.PARTS:
-            for shape in s.MODELS if part == "steps" else s.MODELS[-1:]:
-                try:
-                    PARTS[part](report, s, run.device, shape)
-                except Exception as error:
-                    traceback.print_exc()
-                    failed[f"{part} ({shape})"] = str(error)  # the error itself would keep its tensors alive
-                forget()
-        report.finish()
-        if failed:
-            raise ValueError("; ".join(f"the part {name} failed: {error}" for name, error in failed.items()))
+        parts = {
+            f"{part} ({shape})": functools.partial(PARTS[part], report, s, run.device, shape)
+            for part in s.PARTS
+            for shape in (s.MODELS if part == "steps" else s.MODELS[-1:])
+        }
+        run_parts(report, parts, forget)
 
 
 def forget():

@@ -12,21 +12,21 @@ many. memory: of the cache, against the formula. On a GPU decode steps are recor
 import dataclasses
 import functools
 import tempfile
-import traceback
 
 import torch
 
-from common.benchmark import Report, measure
+from common.benchmark import Report, measure, run_parts
 from common.plots import curves
 from common.run import Run
 from phase1_foundation.project1_minimal_gpt.sampling import stream as stream_uncached
-from phase1_foundation.project3_pretrain.hub import choose_family, to_huggingface
+from phase1_foundation.project3_pretrain.hub import to_huggingface
 from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
 from phase3_core_inference.project8_kv_cache import benchmark_config
 from phase3_core_inference.project8_kv_cache.attention import KERNELS
 from phase3_core_inference.project8_kv_cache.decoder import FastDecoder
 from phase3_core_inference.project8_kv_cache.generation import SamplingParams, Writer
 from phase3_core_inference.project8_kv_cache.kv_cache import ContiguousCache
+from phase3_core_inference.project8_kv_cache.rivals import NumberTokenizer, transformers_model
 from phase3_core_inference.project8_kv_cache.sliding_cache import SlidingCache
 from phase3_core_inference.project8_kv_cache.stores import bytes_per_token
 from phase3_core_inference.project8_kv_cache.work import quarter_octaves
@@ -39,37 +39,23 @@ SHAPES = {
 }
 
 
-class _Numbers:
-    """A tokenizer for prompts that are numbers already."""
-
-    eot_id = None
-
-    def __init__(self, vocab_size):
-        self.vocab_size = vocab_size
-
-    def decode(self, ids):
-        """One character a token."""
-        return "." * len(ids)
-
-
 def main(argv=None):
     """Run all parts and write the results; a part that fails leaves the others alone."""
     with Run(benchmark_config, argv, description=__doc__) as run:
         s = run.settings
         report = Report("project8_kv_cache", "KV cache and generation", run.device, keep=len(s.PARTS) < len(PARTS))
-        failed = {}
-        for part in s.PARTS:
-            for name in s.MODELS if part in ("length", "kernels", "generate") else s.MODELS[:1]:
-                try:
-                    PARTS[part](report, s, run.device, name)
-                except Exception as error:
-                    traceback.print_exc()
-                    failed[f"{part} ({name})"] = str(error)  # the error itself would keep its tensors alive
-                torch._dynamo.reset()
-                torch.cuda.empty_cache()
-        report.finish()
-        if failed:
-            raise ValueError("; ".join(f"the part {name} failed: {error}" for name, error in failed.items()))
+        parts = {
+            f"{part} ({name})": functools.partial(PARTS[part], report, s, run.device, name)
+            for part in s.PARTS
+            for name in (s.MODELS if part in ("length", "kernels", "generate") else s.MODELS[:1])
+        }
+        run_parts(report, parts, forget)
+
+
+def forget():
+    """Free what the last part left in memory and in the compiler."""
+    torch._dynamo.reset()
+    torch.cuda.empty_cache()
 
 
 # -- who is measured
@@ -85,21 +71,12 @@ def ours_of(config, device):
 
 def theirs_of(config, device, report):
     """The same shape in `transformers`, or None where it is not installed."""
-    try:
-        import transformers
-    except ImportError:
-        report.skip("against transformers", "transformers is not installed here")
-        return None
-    transformers.utils.logging.set_verbosity_error()
-    theirs = transformers.AutoConfig.for_model(**choose_family(config).write_config(config))
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with device:
-        return transformers.AutoModelForCausalLM.from_config(theirs, dtype=dtype).eval()
+    return transformers_model(config, torch.bfloat16 if device.type == "cuda" else torch.float32, device, report)
 
 
 def writes(model, n_rows, **options):
     """continue(prompts (B, T), n): our greedy tokens, through a cache that stays."""
-    writer = Writer(model, _Numbers(model.config.vocab_size), n_rows, chunk=8192, **options)
+    writer = Writer(model, NumberTokenizer(model.config.vocab_size), n_rows, chunk=8192, **options)
 
     def go_on(prompts, n, params=None):
         params = params or SamplingParams(n, temperature=0.0, stop_ids=())

@@ -7,6 +7,7 @@ import transformers
 from phase1_foundation.project1_minimal_gpt.sampling import next_token_probabilities
 from phase3_core_inference.project8_kv_cache.drawing import RecordedDraws, cut_tail, draw_among, penalize
 from phase3_core_inference.project8_kv_cache.noise import gumbel, noise_keys, scramble, uniform
+from phase3_core_inference.project8_kv_cache.rivals import NumberTokenizer
 from phase3_core_inference.project8_kv_cache.sampling import Sampler
 from phase3_core_inference.project8_kv_cache.sampling_params import SamplingParams
 
@@ -181,15 +182,9 @@ def test_a_tokenizer_may_know_more_tokens_than_the_model():
     from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
     from phase3_core_inference.project8_kv_cache.generation import generate
 
-    class More:
-        vocab_size, eot_id = 70, None
-
-        def decode(self, ids):
-            return "." * len(ids)
-
     model = Transformer(PRESETS["cpu-tiny"](vocab_size=64)).eval()
     for params in (SamplingParams(4), SamplingParams(4, top_p=0.9, repetition_penalty=1.2, seed=1)):
-        assert max(generate(model, More(), [1, 2], params).tokens) < 64
+        assert max(generate(model, NumberTokenizer(70), [1, 2], params).tokens) < 64
 
 
 def test_recorded_draws_fill_up_rows_and_draw_the_same():

@@ -10,16 +10,16 @@ what these kernels and project 7's float8 bring to a training step of 1.1B param
 own clock, several launches in one CUDA graph, in turn with their peers.
 """
 
+import functools
 import os
 import subprocess
 import sys
-import traceback
 
 import torch
 import torch.nn.functional as F
 
 from common import ROOT
-from common.benchmark import Report, measure_recorded
+from common.benchmark import Report, measure_recorded, run_parts
 from common.device import peak_flops
 from common.kernels import relative_error
 from common.plots import curves
@@ -71,18 +71,8 @@ def main(argv=None):
         s = run.settings
         torch.manual_seed(s.SEED)
         report = Report("project9_flash_attention", "FlashAttention", run.device, keep=len(s.PARTS) < len(PARTS))
-        failed = {}
-        for part in s.PARTS:
-            try:
-                PARTS[part](report, s, run.device)
-            except Exception as error:
-                traceback.print_exc()
-                failed[part] = str(error)  # the error itself would keep its tensors alive
-            if run.device.type == "cuda":
-                torch.cuda.empty_cache()
-        report.finish()
-        if failed:
-            raise ValueError("; ".join(f"the part {name} failed: {error}" for name, error in failed.items()))
+        parts = {part: functools.partial(PARTS[part], report, s, run.device) for part in s.PARTS}
+        run_parts(report, parts, torch.cuda.empty_cache)
 
 
 # -- attention

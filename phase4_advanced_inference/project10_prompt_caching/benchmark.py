@@ -10,22 +10,22 @@ costs: of copying keys and values in and out, and of the tree. responses: right 
 
 import copy
 import dataclasses
+import functools
 import tomllib
-import traceback
 from pathlib import Path
 
 import torch
 
 from common import catalog
-from common.benchmark import Report, measure
+from common.benchmark import Report, measure, run_parts
 from common.device import synchronize
 from common.plots import curves
 from common.run import Run
-from phase1_foundation.project3_pretrain.hub import choose_family
 from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
 from phase3_core_inference.project8_kv_cache.decoder import Decoder
 from phase3_core_inference.project8_kv_cache.generation import SamplingParams, Writer
 from phase3_core_inference.project8_kv_cache.kv_cache import ContiguousCache
+from phase3_core_inference.project8_kv_cache.rivals import NumberTokenizer, transformers_model
 from phase3_core_inference.project8_kv_cache.stores import bytes_per_token
 from phase4_advanced_inference.project10_prompt_caching import benchmark_config
 from phase4_advanced_inference.project10_prompt_caching.prefix_cache import RadixCache
@@ -40,35 +40,14 @@ SHAPES = {
 }
 
 
-class _Numbers:
-    """A tokenizer for prompts that are numbers already."""
-
-    eot_id = None
-
-    def __init__(self, vocab_size):
-        self.vocab_size = vocab_size
-
-    def decode(self, ids):
-        """One character a token."""
-        return "." * len(ids)
-
-
 def main(argv=None):
     """Run all parts and write the results; a part that fails leaves the others alone."""
     with Run(benchmark_config, argv, description=__doc__) as run:
         s = run.settings
         torch.manual_seed(s.SEED)
         report = Report("project10_prompt_caching", "Prompt caching", run.device, keep=len(s.PARTS) < len(PARTS))
-        failed = {}
-        for part in s.PARTS:
-            try:
-                PARTS[part](report, s, run.device)
-            except Exception as error:
-                traceback.print_exc()
-                failed[part] = str(error)  # the error itself would keep its tensors alive
-        report.finish()
-        if failed:
-            raise ValueError("; ".join(f"the part {name} failed: {error}" for name, error in failed.items()))
+        parts = {part: functools.partial(PARTS[part], report, s, run.device) for part in s.PARTS}
+        run_parts(report, parts)
 
 
 def model_of(s, device):
@@ -105,7 +84,7 @@ def check(report, s, device):
         exact = model(torch.tensor(tokens, device=device))[known:]
         error = float((got - exact).norm() / exact.norm())
         report.check(f"{family}: logits with a hit are those without", known == 100 and error < 1e-5, f"{error:.1e}")
-        params, tokenizer = SamplingParams(20, 0.0, stop_ids=()), _Numbers(512)
+        params, tokenizer = SamplingParams(20, 0.0, stop_ids=()), NumberTokenizer(512)
         texts = []
         for writer in (Writer(model, tokenizer), Writer(model, tokenizer, prefixes=PromptCache())):
             texts.append([[p.token for p in writer.stream([tokens[:n]], [params])] for n in (60, 60, 90, 40)])
@@ -128,9 +107,9 @@ def flops(model, start, stop):
 def measure_first_token(report, s, device):
     """Times by hit rate, in turn; the suffix is new each time, so that exactly the prefix is known."""
     model, n = model_of(s, device), s.PROMPT_TOKENS
-    params, tokenizer = SamplingParams(2, 0.0, stop_ids=()), _Numbers(model.config.vocab_size)
+    params, tokenizer = SamplingParams(2, 0.0, stop_ids=()), NumberTokenizer(model.config.vocab_size)
     build, prefix, prefixes = catalog.resolve("caches", s.CACHE), draw(model, n, device), {}
-    theirs = peer_of(model, device, report)
+    theirs = transformers_model(model.config, next(model.parameters()).dtype, device, report)
     runs, known = {}, {rate: int(n * rate) for rate in (0.0, *s.HIT_RATES)}
     for rate, length in known.items():
         prefixes[rate] = PromptCache()
@@ -179,20 +158,6 @@ def first_token(writer, prompt, params):
     stream = writer.stream([prompt], [params])
     next(stream)
     stream.close()
-
-
-def peer_of(model, device, report):
-    """The same shape in `transformers`, or None where it is not installed."""
-    try:
-        import transformers
-    except ImportError:
-        report.skip("against transformers", "transformers is not installed here")
-        return None
-    transformers.utils.logging.set_verbosity_error()
-    theirs = transformers.AutoConfig.for_model(**choose_family(model.config).write_config(model.config))
-    with device:
-        dtype = next(model.parameters()).dtype
-        return transformers.AutoModelForCausalLM.from_config(theirs, dtype=dtype).eval()
 
 
 def their_first_token(theirs, prefix, n, vocab_size, device):

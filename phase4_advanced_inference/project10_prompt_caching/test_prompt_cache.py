@@ -8,6 +8,7 @@ from phase3_core_inference.project8_kv_cache.answering import KeptWriter
 from phase3_core_inference.project8_kv_cache.decoder import Decoder
 from phase3_core_inference.project8_kv_cache.generation import SamplingParams, Writer
 from phase3_core_inference.project8_kv_cache.kv_cache import ContiguousCache
+from phase3_core_inference.project8_kv_cache.rivals import NumberTokenizer
 from phase3_core_inference.project8_kv_cache.sliding_cache import SlidingCache
 from phase3_core_inference.project9_flash_attention.cached_attention import flash_cache
 from phase4_advanced_inference.project10_prompt_caching.prompt_cache import PromptCache
@@ -21,13 +22,7 @@ CONFIGS = {
 }
 
 
-class Numbers:
-    """A tokenizer for prompts that are numbers already."""
-
-    vocab_size, eot_id = 97, None
-
-    def decode(self, ids):
-        return "".join(chr(48 + i) for i in ids)
+TOKENIZER = NumberTokenizer(97)
 
 
 def model_of(name="llama", seed=0):
@@ -71,9 +66,9 @@ def test_texts_are_those_without_reuse_whatever_is_shared(name, cache):
     model, text = model_of(name), text_of(60)
     prompts = [text[:40], text[:40], text[:20] + text_of(15, 1), text[:41], text_of(9, 2), text[:1]]
     for options in ({}, {"temperature": 1.0, "top_k": 20, "seed": 3}):
-        plain = write(Writer(model, Numbers(), 2, cache=cache), prompts, **options)
+        plain = write(Writer(model, TOKENIZER, 2, cache=cache), prompts, **options)
         prefixes = PromptCache()
-        writer = Writer(model, Numbers(), 2, cache=cache, prefixes=prefixes)
+        writer = Writer(model, TOKENIZER, 2, cache=cache, prefixes=prefixes)
         assert [write(writer, [p], **options)[0] for p in prompts] == plain
         assert write(writer, prompts, **options) == plain  # now everything is known, and two share a batch
         assert prefixes.statistics.found > 0
@@ -81,7 +76,7 @@ def test_texts_are_those_without_reuse_whatever_is_shared(name, cache):
 
 def test_hits_are_counted_exactly_and_the_last_token_is_never_taken():
     model, prefixes, text = model_of(), PromptCache(), text_of(40)
-    writer = Writer(model, Numbers(), prefixes=prefixes)
+    writer = Writer(model, TOKENIZER, prefixes=prefixes)
     ((*written,),) = write(writer, [text], 5)
     s = prefixes.statistics
     assert (s.asked, s.found, s.inserted) == (39, 0, 44)  # the last token that was drawn has no keys yet
@@ -94,7 +89,7 @@ def test_hits_are_counted_exactly_and_the_last_token_is_never_taken():
 
 def test_the_next_turn_reads_only_what_is_new_also_in_a_bigger_writer():
     model, prefixes, text = model_of(), PromptCache(), text_of(80)
-    kept = KeptWriter(model, Numbers(), prefixes)
+    kept = KeptWriter(model, TOKENIZER, prefixes)
     small = kept.with_room(40)
     write(small, [text[:30]], 1)
     big = kept.with_room(96)
@@ -105,7 +100,7 @@ def test_the_next_turn_reads_only_what_is_new_also_in_a_bigger_writer():
 
 def test_an_interrupted_stream_remembers_nothing_and_frees_its_row():
     model, prefixes = model_of(), PromptCache()
-    writer = Writer(model, Numbers(), prefixes=prefixes)
+    writer = Writer(model, TOKENIZER, prefixes=prefixes)
     stream = writer.stream([text_of(20)], [SamplingParams(8, 0.0, stop_ids=())])
     next(stream)
     stream.close()
@@ -115,7 +110,7 @@ def test_an_interrupted_stream_remembers_nothing_and_frees_its_row():
 def test_a_budget_is_kept_and_texts_stay_right():
     model, size = model_of(), 256
     prefixes = PromptCache(30 * size)
-    writer, plain = Writer(model, Numbers(), prefixes=prefixes), Writer(model, Numbers())
+    writer, plain = Writer(model, TOKENIZER, prefixes=prefixes), Writer(model, TOKENIZER)
     for seed in (0, 1, 0, 2, 1):
         prompt = text_of(25, seed)
         assert write(writer, [prompt]) == write(plain, [prompt])
@@ -133,7 +128,7 @@ def test_segments_split_into_copies():
 
 def test_what_was_written_to_disk_is_known_again(tmp_path):
     model, text, prefixes = model_of(), text_of(40), PromptCache()
-    writer = Writer(model, Numbers(), prefixes=prefixes)
+    writer = Writer(model, TOKENIZER, prefixes=prefixes)
     prompts = [text, text[:20] + text_of(10, 1), text[:20] + text_of(10, 2)]
     texts = [write(writer, [p])[0] for p in prompts]
     n = prefixes.save(tmp_path, model)
@@ -141,17 +136,17 @@ def test_what_was_written_to_disk_is_known_again(tmp_path):
     again = PromptCache()
     assert again.load(tmp_path, model) == prefixes.tree.n_tokens == again.tree.n_tokens
     assert again.load(tmp_path, model) == 0
-    assert [write(Writer(model, Numbers(), prefixes=again), [p])[0] for p in prompts] == texts
+    assert [write(Writer(model, TOKENIZER, prefixes=again), [p])[0] for p in prompts] == texts
     assert again.statistics.found == sum(len(p) - 1 for p in prompts)
     tight = PromptCache(25 * 256)
     tight.load(tmp_path, model)
     assert 0 < tight.tree.nbytes <= 25 * 256
-    assert [write(Writer(model, Numbers(), prefixes=tight), [p])[0] for p in prompts] == texts
+    assert [write(Writer(model, TOKENIZER, prefixes=tight), [p])[0] for p in prompts] == texts
 
 
 def test_files_of_another_model_and_damaged_ones_are_refused(tmp_path):
     model, prefixes = model_of(), PromptCache()
-    write(Writer(model, Numbers(), prefixes=prefixes), [text_of(20)])
+    write(Writer(model, TOKENIZER, prefixes=prefixes), [text_of(20)])
     prefixes.save(tmp_path, model)
     (path,) = tmp_path.glob("*.safetensors")
     changed = model_of()
@@ -205,6 +200,6 @@ def test_a_cache_refuses_what_it_does_not_hold():
 if __name__ == "__main__":
     example = PromptCache()
     for prompt in (text_of(30), text_of(30), text_of(20) + text_of(5, 1)):
-        write(Writer(model_of(), Numbers(), prefixes=example), [prompt])
+        write(Writer(model_of(), TOKENIZER, prefixes=example), [prompt])
         print(example.statistics)
     raise SystemExit(pytest.main([__file__]))

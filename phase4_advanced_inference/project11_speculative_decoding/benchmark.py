@@ -14,14 +14,13 @@ import shlex
 import subprocess
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from common import ROOT, checkpoint
-from common.benchmark import Report, measure
+from common.benchmark import Report, measure, run_parts
 from common.plots import curves
 from common.run import Run
 from phase1_foundation.project3_pretrain.data import TokenDataset
@@ -54,16 +53,8 @@ def main(argv=None):
         s = run.settings
         bench = _Bench(s, run.device)
         report = Report("project11_speculative_decoding", "Speculative decoding", run.device, keep=len(s.PARTS) < 4)
-        failed = {}
-        for part in s.PARTS:
-            try:
-                PARTS[part](report, s, bench)
-            except Exception as error:
-                traceback.print_exc()
-                failed[part] = str(error)
-        report.finish()
-        if failed:
-            raise ValueError("; ".join(f"the part {name} failed: {error}" for name, error in failed.items()))
+        parts = {part: functools.partial(PARTS[part], report, s, bench) for part in s.PARTS}
+        run_parts(report, parts)
 
 
 # -- the pair, and what it continues

@@ -9,6 +9,7 @@ import torch
 from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
 from phase3_core_inference.project8_kv_cache.generation import SamplingParams, generate
 from phase3_core_inference.project8_kv_cache.noise import noise_keys
+from phase3_core_inference.project8_kv_cache.rivals import NumberTokenizer
 from phase4_advanced_inference.project11_speculative_decoding import acceptance
 from phase4_advanced_inference.project11_speculative_decoding.acceptance import (
     DEAL,
@@ -31,19 +32,6 @@ from phase4_advanced_inference.project11_speculative_decoding.speculative import
 
 V, K, LENGTH, ROWS = 4, 2, 3, 30_000
 CRITICAL = {15: 37.70, 63: 103.44}  # 0.1% of chi-squares with so many degrees of freedom lie above
-
-
-class Numbers:
-    """A tokenizer for prompts that are numbers already."""
-
-    eot_id = None
-
-    def __init__(self, vocab_size):
-        self.vocab_size = vocab_size
-
-    def decode(self, ids):
-        """One letter a token."""
-        return "".join(chr(97 + token) for token in ids)
 
 
 def tiny_model(seed, vocab_size):
@@ -162,7 +150,7 @@ def test_whole_texts_of_models_have_their_odds(rule, kind, settings):
     params = [SamplingParams(3, seed=seed, stop_ids=(), **settings) for seed in range(n)]
     draft, prompt = (ModelDraft(draft), [2, 1]) if kind == "model" else (NGramDraft(), [2, 1, 2, 1, 2])
     texts = speculative_generate(
-        target, Numbers(5), [prompt] * n, params, draft, k=2, rule=rule, n_rows=2048, capacity=8
+        target, NumberTokenizer(5), [prompt] * n, params, draft, k=2, rule=rule, n_rows=2048, capacity=8
     )
     counts = cells(torch.tensor([text.tokens for text in texts]), base=5)
     odds = exact_odds(target, prompt, params[0])
@@ -251,7 +239,7 @@ def test_formulas():
 def test_plain_drawing_passes_the_same_test():
     target, n = tiny_model(0, vocab_size=5), 2048
     params = [SamplingParams(3, seed=seed, stop_ids=()) for seed in range(n)]
-    texts = generate(target, Numbers(5), [[2, 1]] * n, params, n_rows=2048, capacity=8)
+    texts = generate(target, NumberTokenizer(5), [[2, 1]] * n, params, n_rows=2048, capacity=8)
     counts, odds = cells(torch.tensor([t.tokens for t in texts])[:, :1], base=5), exact_odds(target, [2, 1], params[0])
     odds = odds.view(5, -1).sum(-1)
     assert float(((counts - odds * n) ** 2 / (odds * n)).sum()) < critical(4)
