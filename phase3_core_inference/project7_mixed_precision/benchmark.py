@@ -395,9 +395,12 @@ def train_run(s, base, kind, uses):
     flags = ["--max_steps", str(s.RUN_STEPS), "--dtype", base, "--use", *pretraining.USE, *uses,
              "--eval_every", str(max(1, s.RUN_STEPS // 10)), "--sample_tokens", "1", "--no_resume"]  # fmt: skip
     command = [sys.executable, str(TRAIN), *flags, *shlex.split(s.RUN_FLAGS), "--out_dir", str(out)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(f"training in {kind} ...", flush=True)
+    # Alone, a run shows its own progress; the lines of several would mix.
+    quiet = {} if s.RUNS_AT_ONCE == 1 else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(command, cwd=ROOT, text=True, **quiet)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}")
+        raise RuntimeError(f"{' '.join(command)} failed:\n{(done.stdout or 'see above')[-2000:]}")
     entries = [entry for entry in read_metrics(out / "metrics.jsonl") if "val_loss" in entry]
     return [entry["step"] for entry in entries], [entry["val_loss"] for entry in entries]
 

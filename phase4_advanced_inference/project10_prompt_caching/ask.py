@@ -77,6 +77,8 @@ def timed(run, writer, params, prompt) -> tuple[str, float]:
     began, first, texts = time.perf_counter(), None, []
     for piece in writer.stream([prompt], [params]):
         first = first or time.perf_counter() - began
+        if run.stopping:
+            break
         texts.append(piece.text)
     return "".join(texts), first
 

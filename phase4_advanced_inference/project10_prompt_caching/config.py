@@ -56,6 +56,8 @@ def validate_config(settings=None):
         raise ValueError(f"CACHE={s.CACHE} is unknown, or forgets the beginnings of texts: use {' or '.join(keep)}")
     if s.DTYPE not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"DTYPE={s.DTYPE} is unknown: use float32, bfloat16 or float16")
+    if s.PREFIXES and os.path.exists(s.PREFIXES) and not os.path.isdir(s.PREFIXES):
+        raise ValueError(f"PREFIXES={s.PREFIXES} is a file: name a folder, which may be new")
     if not s.QUESTION:
         raise ValueError("QUESTION=[] asks nothing: give at least one")
 

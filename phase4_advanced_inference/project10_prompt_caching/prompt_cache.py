@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
-from phase3_core_inference.project8_kv_cache.kv_cache import KVCache, bytes_per_token
+from phase3_core_inference.project8_kv_cache.kv_cache import KVCache
 from phase4_advanced_inference.project10_prompt_caching.prefix_cache import RadixCache
 from phase4_advanced_inference.project10_prompt_caching.segments import (
     Segment,
@@ -21,8 +21,6 @@ from phase4_advanced_inference.project10_prompt_caching.segments import (
     read_segment,
     write_segment,
 )
-
-__all__ = ["PromptCache", "bytes_per_token"]
 
 
 class PromptCache:

@@ -89,7 +89,8 @@ def test_the_document_is_read_once_and_the_texts_are_the_same(saved, capsys, tmp
     [
         (["--document", "/nowhere.txt"], "cannot be read as text"), (["--cache", "sliding"], "CACHE=sliding"),
         (["--budget_mib", "-1"], "BUDGET_MIB=-1.0 must be at least 0"), (["--max_new_tokens", "200"], "leave no room"),
-        (["--chunk", "0"], "CHUNK=0"), (["--dtype", "int8"], "DTYPE=int8"),
+        (["--prefixes", __file__], "is a file: name a folder"), (["--chunk", "0"], "CHUNK=0"),
+        (["--dtype", "int8"], "DTYPE=int8"),
     ],
 )  # fmt: skip
 def test_what_a_user_can_get_wrong(saved, flags, said, capsys):

@@ -28,6 +28,7 @@ def main(argv=None):
         draft = draft_of(s.DRAFT, tokenizer, run.device, dtype, s.GRAPHS)
         options = {"n_rows": len(s.PROMPT), "cache": s.CACHE, "graphs": s.GRAPHS}
         writer = SpeculativeWriter(model, tokenizer, draft, s.DRAFT_TOKENS, s.RULE, **options)
+        run.print("writing everything twice, first to warm up ...")
         texts, seconds = write(run, writer, s)
         for number, text in enumerate(texts):
             run.print(f"--- {number + 1} ({text.finish_reason})\n{s.PROMPT[number]}{text.text}")
@@ -52,6 +53,8 @@ def write(run, writer, s):
         began = time.perf_counter()
         for piece in writer.stream(s.PROMPT, many):
             append(texts[piece.index], piece)
+            if run.stopping:
+                raise KeyboardInterrupt
         synchronize(run.device)
         seconds = time.perf_counter() - began
     return texts, seconds
