@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias
 
 from phase3_core_inference.project8_kv_cache.work import SHORT
 
@@ -24,7 +25,8 @@ FEW_HEADS, MANY_KEYS = 8, 1024  # of keys in a step, and of each: where the fuse
 class CacheKernel(Protocol):
     """How queries read a cache; a constructor argument of the cache.
 
-    `bias` is 0 where a query sees a key and -inf elsewhere, in the type of the cache. `ends` says the same of a lone
+    `bias` is 0 where a query sees a key and -inf elsewhere, in the type of the cache; or PyTorch's `CausalBias`, where
+    the queries of one row end at its last key, each seeing what comes before it. `ends` says the same of a lone
     query in one number a row: it sees the first so many keys; None where that is not so (windows, rings).
     """
 
@@ -66,6 +68,9 @@ def by_sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, ends: T
         repeated, as masked kernels know no groups.
     WHY: prefill; and decoding on a CPU, where it is the fastest that PyTorch has.
     """
+    if isinstance(bias, CausalBias):  # the last query at the last key: kernels skip what is not seen, and know groups
+        q = q.transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, bias, scale=scale, enable_gqa=True).transpose(1, 2)
     G = q.shape[2] // k.shape[1]
     bias = bias.unsqueeze(1)  # (R, 1, T, S)
     if q.shape[1] == 1:

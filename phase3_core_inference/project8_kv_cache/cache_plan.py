@@ -15,9 +15,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from phase1_foundation.project3_pretrain.plans import LayerSpec
 from phase3_core_inference.project8_kv_cache.attention import CacheKernel
+from phase3_core_inference.project8_kv_cache.buffers import StepBuffers
 from phase3_core_inference.project8_kv_cache.stores import Store
 from phase3_core_inference.project8_kv_cache.work import Layout
 
@@ -77,26 +79,24 @@ class CachePlan:
         N, W, R, T, _ = shape
         sizes = {"tokens": N, "positions": N, "rows": N, "slots": N * len(self.groups), "wanted": W, "cell": N,
                  "source": R * T, "grid": R * T, "ends": R, "picked": R}  # fmt: skip
-        on_gpu = torch.device(device).type == "cuda"
-        self._host = torch.zeros(sum(sizes.values()), dtype=torch.long, pin_memory=on_gpu)
-        self._device = torch.zeros(sum(sizes.values()), dtype=torch.long, device=device)
-        self._copied = torch.cuda.Event() if on_gpu else None
-        self._parts = dict(zip(sizes, np.split(self._host.numpy(), np.cumsum(list(sizes.values()))[:-1])))
-        views = dict(zip(sizes, self._device.split(list(sizes.values()))))
+        self.buffers = StepBuffers(sizes, device)
+        views = self.buffers.device
         self.tokens, self.positions, self.rows = views["tokens"], views["positions"], views["rows"]
         self.slots = views["slots"].view(len(self.groups), N)
         self.wanted, self.cell, self.source, self.picked = (views[n] for n in ("wanted", "cell", "source", "picked"))
         self._grid, self._ends = views["grid"].view(R, T), views["ends"]
-        self.bias = [torch.empty(R, T, n, dtype=stores[0].dtype, device=device) for n in self.keys]
-        self._seen, self._unseen = (torch.tensor(x, dtype=stores[0].dtype, device=device) for x in (0.0, -torch.inf))
-        self._places = torch.arange(max(self.keys), device=device)
+        self._prepare_masks(stores[0].dtype, device)
         self.n_tokens = self.n_wanted = 0
 
+    def _prepare_masks(self, dtype: torch.dtype, device) -> None:
+        _, _, R, T, _ = self.shape
+        self.bias = [torch.empty(R, T, n, dtype=dtype, device=device) for n in self.keys]
+        self._seen, self._unseen = (torch.tensor(x, dtype=dtype, device=device) for x in (0.0, -torch.inf))
+        self._places = torch.arange(max(self.keys), device=device)
+
     def fill(self, layout: Layout, tokens: Sequence[int] | None) -> None:
-        """Write where everything stands, and send it off; the last copy must have left the buffer."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        part, n = self._parts, len(layout.positions)
+        """Write where everything stands, and send it off."""
+        part, n = self.buffers.open(), len(layout.positions)
         for name in ("tokens", "positions", "rows", "wanted", "cell", "source", "grid", "picked"):
             part[name].fill(0)
         part["ends"].fill(1)
@@ -116,10 +116,7 @@ class CachePlan:
         part["grid"][cell] = layout.positions
         part["ends"][line] = layout.ends
         part["picked"][line] = layout.rows
-        # Without an event to wait for, the next step might overwrite what is still being copied.
-        self._device.copy_(self._host, non_blocking=self._copied is not None)
-        if self._copied is not None:
-            self._copied.record()
+        self.buffers.send()
         self._see()
 
     def _line(self, layout: Layout) -> np.ndarray:
@@ -199,3 +196,29 @@ class AlignedPlan(SpreadPlan):
 
     def _from_grid(self, y: Tensor) -> Tensor:
         return y.flatten(0, 1)
+
+
+class PromptPlan(CachePlan):
+    """Many new tokens of one row, which see all that came before: no mask is written down.
+
+    PAPER: "Attention Is All You Need", arXiv:1706.03762, section 3.2.3.
+    PAPER CONTEXT: every position sees those up to its own; here the last query stands at the last key.
+    INTUITION: a staircase needs no plan of every step, only the number of the first.
+    IMPLEMENTATION: exactly as many keys as the row has then; PyTorch's causal bias, aligned to the lower right, lets
+        the fused kernels skip what no query sees and share keys among a group's heads.
+    WHY: a mask is a matrix of new tokens by all tokens that every layer reads, and kernels that take one are slower.
+    """
+
+    aligned = True
+
+    def _prepare_masks(self, dtype: torch.dtype, device) -> None:
+        self.bias = [causal_lower_right(self.shape.n_each, self.shape.n_keys)]
+
+    def _see(self) -> None:
+        """It is seen from the sizes alone."""
+
+    def _to_grid(self, q: Tensor) -> Tensor:
+        return q.unsqueeze(0)
+
+    def _from_grid(self, y: Tensor) -> Tensor:
+        return y.squeeze(0)

@@ -43,10 +43,11 @@ class Decoder:
         They may lie in a buffer that the next step overwrites.
         """
         plan = self.cache.plan(work, tokens)
-        return self._run(plan)[: plan.n_wanted]
+        return self.run(plan, plan.tokens)[: plan.n_wanted]
 
-    def _run(self, plan) -> Tensor:
-        return self.model.forward(plan.tokens, plan)
+    def run(self, plan, tokens: Tensor) -> Tensor:
+        """One forward of this plan: logits, padded as it is."""
+        return self.model.forward(tokens, plan)
 
 
 class FastDecoder(Decoder):
@@ -74,14 +75,15 @@ class FastDecoder(Decoder):
         self._record = capture if graphs else lambda function, *example: function
         self._steps: dict = {}  # plan -> what runs it
 
-    def _run(self, plan) -> Tensor:
+    def run(self, plan, tokens: Tensor) -> Tensor:
+        """One forward of this plan, compiled or replayed if it is a short one: logits, padded as it is."""
         shape = plan.shape
         if shape.n_each > SHORT or shape.n_wanted < shape.n_tokens:  # neither decode nor verification
-            return super()._run(plan)
+            return super().run(plan, tokens)
         if plan not in self._steps:
             self._steps = {old: run for old, run in self._steps.items() if self.cache.keeps(old)}
             self._steps[plan] = self._first(plan)
-        return self._steps[plan](plan.tokens)
+        return self._steps[plan](tokens)
 
     def _first(self, plan) -> Callable[[Tensor], Tensor]:
         """What runs steps of this plan from now on."""

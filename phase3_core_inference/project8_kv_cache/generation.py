@@ -8,19 +8,16 @@ This file implements text from prompts, through a cache, following:
 Each component is explained with paper references for educational purposes.
 """
 
-import operator
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from common import catalog
-from phase3_core_inference.project8_kv_cache.decoder import Decoder, FastDecoder
-from phase3_core_inference.project8_kv_cache.drawing import RecordedDraws, draw_among
 from phase3_core_inference.project8_kv_cache.kv_cache import KVCache
+from phase3_core_inference.project8_kv_cache.machine import Machine, Prompt, plain
 from phase3_core_inference.project8_kv_cache.sampling import Logprobs, Sampler
 from phase3_core_inference.project8_kv_cache.sampling_params import SamplingParams
 from phase3_core_inference.project8_kv_cache.texts import Generation, Piece, TextRequest, append
-from phase3_core_inference.project8_kv_cache.work import Work, octaves, quarter_octaves
+from phase3_core_inference.project8_kv_cache.work import Work
 
 __all__ = [
     "Generation",
@@ -35,8 +32,6 @@ __all__ = [
     "stream",
 ]
 
-Prompt = str | Sequence[int]
-
 
 class Prefixes(Protocol):
     """What remembers the beginnings of texts between requests; first in project 10."""
@@ -50,7 +45,7 @@ class Prefixes(Protocol):
         ...
 
 
-class Writer:
+class Writer(Machine):
     """A model with a cache, ready to continue prompts; what was compiled or recorded serves all calls.
 
     PAPER: "Efficiently Scaling Transformer Inference", arXiv:2211.05102, section 2.
@@ -61,13 +56,10 @@ class Writer:
         all rows take a decode step at a time until each has ended. Ragged rows need no padding.
     WHY: the one loop behind `generate`, `stream`, the chat and the scripts.
 
-    One stream at a time: raises ValueError when another is begun before it has ended or was closed. With compiled or
-    graphs, replacing parameters afterwards (merging adapters, `to(dtype)`) needs a new Writer: see `FastDecoder`.
+    One stream at a time: raises ValueError when another is begun before it has ended or was closed.
 
     Args:
-        model, tokenizer: as `load` gives them; n_rows: prompts at a time; capacity: tokens of each (None: block_size).
-        cache: a name in the catalog's group "caches", or what builds one from (specs, n_rows, capacity, dtype, device).
-        chunk: the most tokens of a prefill step; compiled, graphs: see `FastDecoder`.
+        chunk: the most tokens of a prefill step; others: as of `Machine`.
         prefixes: what remembers texts, so that a prompt that begins like one of them is not read again.
     """
 
@@ -83,47 +75,11 @@ class Writer:
         graphs: bool = False,
         prefixes: Prefixes | None = None,
     ):
-        if tokenizer is None:
-            raise ValueError("this model came without a tokenizer, so there is no text to read or write: add its files")
+        super().__init__(model, tokenizer, n_rows, capacity, cache, compiled, graphs)
         if chunk < 1:
             raise ValueError(f"chunk={chunk} must be at least 1: the most tokens of a prefill step")
-        self.model, self.tokenizer, self.chunk, self.prefixes = model, tokenizer, chunk, prefixes
-        build = catalog.resolve("caches", cache) if isinstance(cache, str) else cache
-        weight, fast = next(model.parameters()), compiled or graphs
-        options = {"padded": True, "round_keys": octaves if compiled else quarter_octaves} if fast else {}
-        block_size = model.config.block_size
-        self.room = min(capacity or block_size, block_size)  # tokens of a text; kernels like a multiple of 64
-        capacity = min(quarter_octaves(self.room), block_size)
-        self.cache = build(model.specs, n_rows, capacity, dtype=weight.dtype, device=weight.device, **options)
-        self.decoder = FastDecoder(model, self.cache, compiled, graphs) if fast else Decoder(model, self.cache)
-        self.among = RecordedDraws() if graphs else draw_among
+        self.chunk, self.prefixes = chunk, prefixes
         self._held: set[int] = set()  # rows of texts that have not ended
-
-    def vocab_size(self) -> int:
-        """Ids that both the model and its tokenizer know: either may have more."""
-        return min(self.tokenizer.vocab_size, self.model.config.vocab_size)
-
-    def encode(self, prompt: Prompt) -> list[int]:
-        """The tokens of a prompt; an empty one begins a document.
-
-        Raises ValueError if there is no room to go on, or for ids that are no tokens.
-        """
-        tokens = (
-            self.tokenizer.encode(prompt) if isinstance(prompt, str) else [operator.index(t) for t in _plain(prompt)]
-        )
-        tokens = list(tokens) or [getattr(self.tokenizer, "eot_id", None) or 0]
-        vocab_size = self.vocab_size()
-        for token in (min(tokens), max(tokens)):
-            if not 0 <= token < vocab_size:
-                raise ValueError(
-                    f"token id {token} is none of this vocabulary, whose ids go from 0 to {vocab_size - 1}"
-                )
-        if len(tokens) >= self.room:
-            raise ValueError(
-                f"a prompt of {len(tokens)} tokens leaves no room to go on: capacity={self.room} (at most "
-                f"the model's block_size={self.model.config.block_size}): shorten it, or raise the capacity"
-            )
-        return tokens
 
     def stream(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> Iterator[Piece]:
         """Continue prompts, and yield what every token adds as soon as it is known, all prompts in turn."""
@@ -166,8 +122,7 @@ class Writer:
         """What draws for these requests."""
         params, prompts = [request.params for request in requests], [request.tokens for request in requests]
         seeds = [random.getrandbits(62) if p.seed is None else p.seed for p in params]
-        device = next(self.model.parameters()).device
-        return Sampler(params, seeds, prompts, self.vocab_size(), device, self.among)
+        return Sampler.of(params, seeds, prompts, self.vocab_size(), self.device, self.among)
 
     def draw_all(self, logits, work: Work, requests: list[TextRequest], sampler: Sampler, held) -> Iterator[Piece]:
         """A token for every row whose logits were wanted."""
@@ -206,14 +161,9 @@ class Writer:
         return work, tokens
 
 
-def _plain(values):
-    """Tensors, arrays and their numbers as lists and ints, anything else as it is."""
-    return values.tolist() if hasattr(values, "tolist") else values
-
-
 def is_one(prompts) -> bool:
     """Whether this is one prompt, not several."""
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(_plain(prompts[0]), int))
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(plain(prompts[0]), int))
 
 
 def prepare(kind, model, tokenizer, prompts, params, options) -> tuple[Writer, list[Prompt], list[SamplingParams]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from phase1_foundation.project3_pretrain.plans import LayerSpec, Plan
 from phase3_core_inference.project8_kv_cache.attention import CacheKernel, best_kernel
-from phase3_core_inference.project8_kv_cache.cache_plan import AlignedPlan, CachePlan, Shape, SpreadPlan
+from phase3_core_inference.project8_kv_cache.cache_plan import AlignedPlan, CachePlan, PromptPlan, Shape, SpreadPlan
 from phase3_core_inference.project8_kv_cache.stores import PlainStore, Store, bytes_per_token
 from phase3_core_inference.project8_kv_cache.work import (
     SHORT,
@@ -120,6 +120,8 @@ class ContiguousCache:
         self._kept: dict[tuple, CachePlan] = {}
         with torch.no_grad():
             self.stores = [store(spec, n_rows, self._slots(spec), dtype, device) for spec in specs]
+        # On a CPU a mask that is there beats one that each layer makes; windows and rings need one anyway.
+        self._unmasked = self.device.type == "cuda" and all(spec.window is None for spec in specs)
 
     def _slots(self, spec: LayerSpec) -> int:
         """How many tokens of a row a layer keeps."""
@@ -148,6 +150,8 @@ class ContiguousCache:
     def _shape(self, layout: Layout) -> tuple[type[CachePlan], Shape]:
         """The plan for these tokens, and its sizes."""
         n_rows, n_each, span = len(layout.rows), int(layout.news.max()), int(layout.rows.max()) + 1
+        if self._unmasked and n_rows == 1 and n_each > SHORT:
+            return PromptPlan, Shape(n_each, len(layout.wanted), 1, n_each, int(layout.ends[0]))
         n_keys = min(self.round_keys(int(layout.ends.max())), self.capacity)
         # The rows of the cache as they lie are read without a copy; worth it unless many of them would idle.
         spread = span <= (2 * n_rows if n_each <= SHORT else n_rows)

@@ -9,6 +9,7 @@ Each component is explained with paper references for educational purposes.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,9 +37,20 @@ def scramble(x: int) -> int:
 
 def noise_keys(seeds: Sequence[int], positions: Sequence[int]) -> list[int]:
     """One int64 for each (seed, position)."""
-    return [
-        _signed(scramble(scramble(seed + _GOLDEN) + position * _GOLDEN)) for seed, position in zip(seeds, positions)
-    ]
+    return keys_at(np.array([stem(seed) for seed in seeds], dtype=np.uint64), np.array(positions)).tolist()
+
+
+def stem(seed: int) -> int:
+    """What all keys of a seed grow from: 64 bits."""
+    return scramble(seed + _GOLDEN)
+
+
+def keys_at(stems: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """The keys of many (stem, position) at once: `scramble(stem + position * golden)`, (R,) int64."""
+    x = stems + positions.astype(np.uint64) * np.uint64(_GOLDEN)  # modulo 2^64, as all that follows
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(_FIRST)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(_SECOND)
+    return (x ^ (x >> np.uint64(31))).view(np.int64)
 
 
 def gumbel(keys: Tensor, tokens: Tensor) -> Tensor:

@@ -11,11 +11,12 @@ Each component is explained with paper references for educational purposes.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from phase3_core_inference.project8_kv_cache.drawing import CANDIDATES, draw_among, penalize
-from phase3_core_inference.project8_kv_cache.noise import noise_keys
+from phase3_core_inference.project8_kv_cache.noise import keys_at, stem
 from phase3_core_inference.project8_kv_cache.sampling_params import SamplingParams
 
 
@@ -49,83 +50,153 @@ class Sampler:
     PAPER: "The Curious Case of Neural Text Degeneration", arXiv:1904.09751, section 3.
     PAPER CONTEXT: the next token is drawn from the truncated, renormalised distribution.
     INTUITION: one dealer at many tables, each with its own rules and its own pack of cards.
-    IMPLEMENTATION: parameters are rows of numbers on the device. Where tails are cut, the `CANDIDATES` likeliest tokens
-        are looked at first; a row whose cuts leave more than these draws from all of them.
+    IMPLEMENTATION: parameters are rows of numbers on the device; `put` gives a row to another request. Where tails are
+        cut, the `CANDIDATES` likeliest tokens are looked at first; a row whose cuts leave more than these draws from
+        all of them, and goes on doing so.
     WHY: the batch is drawn at once, and nothing of a request depends on who shares it.
 
     Args:
-        params, seeds: of each request; prompts: their tokens (the penalty counts them); vocab_size: of the tokenizer.
-        among: `draw_among`, or a `RecordedDraws`.
+        n_rows: requests at a time; vocab_size: of the tokenizer; among: `draw_among`, or a `RecordedDraws`.
     """
 
-    def __init__(
-        self, params: Sequence[SamplingParams], seeds, prompts, vocab_size: int, device, among: Callable = draw_among
-    ):
-        self.params, self.seeds, self.vocab_size, self.device = params, seeds, vocab_size, device
-        self.among, self.seen = among, None
-        if any(p.repetition_penalty != 1.0 for p in params):
-            self.seen = torch.zeros(len(params), vocab_size, dtype=torch.bool, device=device)
-            for row, prompt in zip(self.seen, prompts):
-                row[torch.tensor(prompt, device=device)] = True
-        self.penalty = torch.tensor([[p.repetition_penalty] for p in params], device=device)
-        self.limits = torch.tensor([limits_of(p, vocab_size) for p in params], device=device)  # (R, 5)
+    def __init__(self, n_rows: int, vocab_size: int, device, among: Callable = draw_among):
+        self.vocab_size, self.device, self.among = vocab_size, torch.device(device), among
+        self.params = [_NOBODY] * n_rows
+        self.seeds = [0] * n_rows
+        self.seen: Tensor | None = None  # (R, V), once somebody's repetitions are penalized
+        self._whole: set[int] = set()  # rows that draw from all tokens
+        self._stems = np.zeros(n_rows, dtype=np.uint64)
+        self._numbers = torch.tensor([[*limits_of(_NOBODY, vocab_size), 1.0]] * n_rows)  # on the host
+        self._on_device: Tensor | None = None  # the same; None: out of date
 
-    def draw(self, logits: Tensor, requests: Sequence[int], positions: Sequence[int]) -> Drawn:
-        """Draw from logits (R, V) for these requests, whose tokens will stand at these positions."""
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], seeds, prompts, vocab_size: int, device, among=draw_among):
+        """A sampler whose rows are these requests; prompts: their tokens, which the penalty counts."""
+        sampler = cls(len(params), vocab_size, device, among)
+        for row, request in enumerate(zip(params, seeds, prompts)):
+            sampler.put(row, *request)
+        return sampler
+
+    def put(self, row: int, params: SamplingParams, seed: int, tokens: Sequence[int]) -> None:
+        """Give a row to a request, whose text so far is `tokens`."""
+        self.params[row], self.seeds[row], self._stems[row] = params, seed, stem(seed)
+        self._numbers[row] = torch.tensor([*limits_of(params, self.vocab_size), params.repetition_penalty])
+        self._on_device = None
+        self._whole.discard(row)
+        if params.repetition_penalty != 1.0 and self.seen is None:
+            self.seen = torch.zeros(len(self.params), self.vocab_size, dtype=torch.bool, device=self.device)
+        if params.repetition_penalty != 1.0:
+            self.seen[row] = False
+            self.seen[row, torch.tensor(tokens, device=self.device)] = True
+
+    @property
+    def limits(self) -> Tensor:
+        """What `draw_among` must know of each row: (R, 5)."""
+        return self._sent()[:, :5]
+
+    @property
+    def penalty(self) -> Tensor:
+        """The repetition penalty of each row: (R, 1)."""
+        return self._sent()[:, 5:]
+
+    def _sent(self) -> Tensor:
+        if self._on_device is None:
+            numbers = self._numbers.pin_memory() if self.device.type == "cuda" else self._numbers.clone()
+            self._on_device = numbers.to(self.device, non_blocking=True)
+        return self._on_device
+
+    def draw(self, logits: Tensor, rows: Sequence[int], positions: Sequence[int]) -> Drawn:
+        """Draw from logits (R, V) for these rows, whose tokens will stand at these positions."""
         raw = self.known(logits)
-        logits = raw
-        if self.seen is not None:
-            index = self.index(requests)
-            logits = penalize(logits, self.seen[index], self.penalty[index])
-        tokens = self.choose(logits, requests, positions)
-        self.remember(requests, tokens)
-        return Drawn(tokens, self.logprobs(raw, tokens, requests))
+        tokens = self.choose(self.penalized(raw, rows), rows, positions)
+        self.remember(rows, tokens)
+        return Drawn(tokens, self.logprobs(raw, tokens, rows))
 
     def known(self, logits: Tensor) -> Tensor:
         """Logits (R, V) in float32 without the padding of the vocabulary, which is no token."""
         return logits[:, : self.vocab_size].float()
 
-    def choose(self, logits: Tensor, requests: Sequence[int], positions: Sequence[int]) -> list[int]:
-        """The tokens drawn from logits after the penalty; a request may stand there several times."""
-        if all(self.params[i].greedy for i in requests):
-            return logits.argmax(-1).tolist()
-        return self._drawn(logits, requests, positions)
+    def penalized(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
+        """Logits (R, V) after the repetition penalty of these rows."""
+        if self.seen is None:
+            return logits
+        index = self.index(rows)
+        return penalize(logits, self.seen[index], self.penalty[index])
 
-    def remember(self, requests: Sequence[int], tokens: Sequence[int]) -> None:
-        """Let the penalty see tokens that became part of these texts."""
-        if self.seen is not None:
-            self.seen[list(requests), list(tokens)] = True
-
-    def _drawn(self, logits, requests, positions) -> list[int]:
-        """The tokens, drawn from the likeliest first; what these do not settle, from all."""
-        tokens = [-1] * len(requests)
-        cuts = any(self.params[i].cuts for i in requests)
-        for n in (CANDIDATES, self.vocab_size) if cuts and self.vocab_size > CANDIDATES else (self.vocab_size,):
-            left = [row for row, token in enumerate(tokens) if token < 0]
-            if left:
-                own, places = [requests[row] for row in left], [positions[row] for row in left]
-                keys = torch.tensor(noise_keys([self.seeds[i] for i in own], places), device=self.device).unsqueeze(-1)
-                rows = logits if len(left) == len(tokens) else logits[left]
-                drawn = self.among(n, cuts, rows, self.limits[self.index(own)], keys)
-                for row, token in zip(left, drawn.tolist()):
-                    tokens[row] = token
+    def choose(self, logits: Tensor, rows: Sequence[int], positions: Sequence[int]) -> list[int]:
+        """The tokens drawn from logits after the penalty; a row may stand there several times."""
+        tokens = self.launch(logits, rows, positions).tolist()
+        left = [i for i, token in enumerate(tokens) if token < 0]
+        if left:
+            own, places = [rows[i] for i in left], [positions[i] for i in left]
+            self.draw_from_all(own)
+            for i, token in zip(left, self.launch(logits[left], own, places).tolist()):
+                tokens[i] = token
         return tokens
 
-    def index(self, requests: Sequence[int]) -> slice | Tensor:
-        """What picks the columns of these requests."""
-        everyone = list(requests) == list(range(len(self.params)))
-        return slice(None) if everyone else torch.tensor(requests, device=self.device)
+    def draw_from_all(self, rows: Sequence[int]) -> None:
+        """From now on these rows draw from all tokens: candidates were not enough for them."""
+        self._whole.update(rows)
 
-    def logprobs(self, logits: Tensor, tokens: Sequence[int], requests: Sequence[int]) -> list[Logprobs | None]:
-        """What these requests want to know of their tokens, from logits (R, V) before the penalty."""
-        params = [self.params[i] for i in requests]
-        if all(p.logprobs is None for p in params):
-            return [None] * len(params)
+    def launch(self, logits: Tensor, rows: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """`choose` on the device, without waiting for it: tokens (R,); -1 where candidates were not enough."""
+        if all(self.params[row].greedy for row in rows):
+            return logits.argmax(-1)
+        cuts, V = any(self.params[row].cuts for row in rows), self.vocab_size
+        whole = [i for i, row in enumerate(rows) if row in self._whole] if cuts and V > CANDIDATES else []
+        keys = self._to_device(keys_at(self._stems[list(rows)], np.array(positions))).unsqueeze(-1)  # (R, 1)
+        limits = self.limits[self.index(rows)]
+        if len(whole) == len(rows):
+            return self.among(V, cuts, logits, limits, keys)
+        tokens = self.among(CANDIDATES if cuts and V > CANDIDATES else V, cuts, logits, limits, keys)
+        if whole:
+            some = self._to_device(np.array(whole))
+            drawn = self.among(V, cuts, logits[some], limits[some], keys[some])
+            tokens = tokens.clone().index_copy_(0, some, drawn)
+        return tokens
+
+    def remember(self, rows: Sequence[int], tokens: Sequence[int] | Tensor) -> None:
+        """Let the penalty see tokens that became part of these texts; -1 is none."""
+        if self.seen is None:
+            return
+        tokens = tokens if isinstance(tokens, Tensor) else self._to_device(np.array(tokens))
+        known, place = tokens >= 0, (self._to_device(np.array(rows)), tokens.clamp(min=0))
+        self.seen.index_put_(place, self.seen[place] | known)
+
+    def index(self, rows: Sequence[int]) -> slice | Tensor:
+        """What picks the columns of these rows."""
+        everyone = list(rows) == list(range(len(self.params)))
+        return slice(None) if everyone else self._to_device(np.array(rows))
+
+    def _to_device(self, numbers: np.ndarray) -> Tensor:
+        """Whole numbers on the device, without waiting for it."""
+        tensor = torch.from_numpy(numbers)
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+    def logprobs(self, logits: Tensor, tokens: Sequence[int], rows: Sequence[int]) -> list[Logprobs | None]:
+        """What these rows want to know of their tokens, from logits (R, V) before the penalty."""
+        measured = self.measure(logits, self._to_device(np.array(tokens)), rows)
+        return self.told(measured and [x.cpu() for x in measured], rows)
+
+    def measure(self, logits: Tensor, tokens: Tensor, rows: Sequence[int]) -> list[Tensor] | None:
+        """On the device: log-probabilities of tokens (R,), the likeliest tokens (R, n) and theirs; None: not wanted."""
+        wanted = [self.params[row].logprobs for row in rows]
+        if all(n is None for n in wanted):
+            return None
         logprobs = logits.log_softmax(-1)
-        chosen = logprobs.gather(-1, torch.tensor(tokens, device=self.device).unsqueeze(-1)).squeeze(-1).tolist()
-        top = logprobs.topk(min(max(p.logprobs or 0 for p in params), self.vocab_size), dim=-1)
-        best = [list(zip(ids, values)) for ids, values in zip(top.indices.tolist(), top.values.tolist())]
-        return [
-            None if p.logprobs is None else Logprobs(own, pairs[: p.logprobs])
-            for p, own, pairs in zip(params, chosen, best)
-        ]
+        top = logprobs.topk(min(max(n or 0 for n in wanted), self.vocab_size), dim=-1)
+        return [logprobs.gather(-1, tokens.clamp(min=0).unsqueeze(-1)).squeeze(-1), top.indices, top.values]
+
+    def told(self, measured: Sequence[Tensor] | None, rows: Sequence[int]) -> list[Logprobs | None]:
+        """What `measure` found, once it is on the host."""
+        if measured is None:
+            return [None] * len(rows)
+        chosen, ids, values = (x.tolist() for x in measured)
+        pairs = [list(zip(*best)) for best in zip(ids, values)]
+        wanted = [self.params[row].logprobs for row in rows]
+        return [None if n is None else Logprobs(own, best[:n]) for n, own, best in zip(wanted, chosen, pairs)]
+
+
+_NOBODY = SamplingParams(temperature=0.0)  # of a row that nobody has

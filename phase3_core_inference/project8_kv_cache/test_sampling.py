@@ -114,11 +114,11 @@ def test_a_request_draws_the_same_alone_and_in_any_batch():
         logits = draw_logits(5, seed=step)
         alone = []
         for i in range(5):
-            sampler = Sampler([MIX[i]], [i], [PROMPTS[i]], V, "cpu")
+            sampler = Sampler.of([MIX[i]], [i], [PROMPTS[i]], V, "cpu")
             alone += sampler.draw(logits[i : i + 1], [0], [10 + step]).tokens
-        together = Sampler(MIX, range(5), PROMPTS, V, "cpu")
+        together = Sampler.of(MIX, range(5), PROMPTS, V, "cpu")
         assert together.draw(logits, range(5), [10 + step] * 5).tokens == alone
-        some = Sampler(MIX, range(5), PROMPTS, V, "cpu").draw(logits[[4, 2]], [4, 2], [10 + step] * 2)
+        some = Sampler.of(MIX, range(5), PROMPTS, V, "cpu").draw(logits[[4, 2]], [4, 2], [10 + step] * 2)
         assert some.tokens == [alone[4], alone[2]]
 
 
@@ -132,7 +132,7 @@ def test_all_of_the_distribution_is_all_of_it_beside_a_neighbour_that_cuts(monke
     monkeypatch.setattr("phase3_core_inference.project8_kv_cache.drawing.gumbel", lambda keys, tokens: luck[tokens])
     params = [SamplingParams(top_p=1.0), SamplingParams(top_p=0.9)]
     for n in (1, 2):  # alone and beside
-        sampler = Sampler(params[:n], range(n), [[1]] * n, 20_000, "cpu")
+        sampler = Sampler.of(params[:n], range(n), [[1]] * n, 20_000, "cpu")
         assert sampler.draw(logits[:n], range(n), [0] * n).tokens[0] == rarest
 
 
@@ -156,7 +156,7 @@ def test_the_likeliest_tokens_are_enough_or_all_are_looked_at(monkeypatch, step)
             rounds.append((n, draw_among(n, *arguments)))
             return rounds[-1][1]
 
-        sampler, drawn = Sampler(CUTS, range(n), [[1]] * n, size, "cpu", among), []
+        sampler, drawn = Sampler.of(CUTS, range(n), [[1]] * n, size, "cpu", among), []
         for candidates in (64, size):
             monkeypatch.setattr("phase3_core_inference.project8_kv_cache.sampling.CANDIDATES", candidates)
             drawn.append(sampler.draw(logits, range(n), [position] * n).tokens)
@@ -173,7 +173,7 @@ def test_equals_of_the_kth_beyond_the_candidates_are_looked_for():
     """1,999 tokens are as likely as the 1,024th: the nucleus is measured among all of them."""
     logits = torch.zeros(200, 2000)
     logits[:, 700] = torch.tensor(1500.0).log()
-    sampler = Sampler([SamplingParams(top_k=1024, top_p=0.5)] * 200, range(200), [[1]] * 200, 2000, "cpu")
+    sampler = Sampler.of([SamplingParams(top_k=1024, top_p=0.5)] * 200, range(200), [[1]] * 200, 2000, "cpu")
     drawn = sampler.draw(logits, range(200), [5] * 200).tokens
     assert 150 < drawn.count(700) < 200  # 1500 of 1749.5, which the nucleus keeps of 3499
 
@@ -191,20 +191,20 @@ def test_recorded_draws_fill_up_rows_and_draw_the_same():
     draws = RecordedDraws()
     for n in (1, 2, 3, 5):
         params = MIX[:n]
-        samplers = [Sampler(params, range(n), PROMPTS, V, "cpu", among) for among in (draw_among, draws)]
+        samplers = [Sampler.of(params, range(n), PROMPTS, V, "cpu", among) for among in (draw_among, draws)]
         ours, theirs = (s.draw(draw_logits(n), range(n), range(n)).tokens for s in samplers)
         assert ours == theirs
     # A lone greedy request draws nothing, and rows that cut are drawn from all 50 without a record.
     assert list(draws._recorded) == [(V, False, 2, V)]
     logits = torch.randn(3, 1500, generator=torch.Generator().manual_seed(1)) * 4
-    samplers = [Sampler(MIX[1:4], range(3), PROMPTS, 1500, "cpu", among) for among in (draw_among, draws)]
+    samplers = [Sampler.of(MIX[1:4], range(3), PROMPTS, 1500, "cpu", among) for among in (draw_among, draws)]
     ours, theirs = (s.draw(logits, range(3), range(3)).tokens for s in samplers)
     assert ours == theirs and (1024, True, 4, 1500) in draws._recorded
 
 
 def test_greedy_rows_stay_greedy_in_a_batch_that_draws():
     logits = draw_logits(5)
-    assert Sampler(MIX, range(5), PROMPTS, V, "cpu").draw(logits, range(5), [3] * 5).tokens[0] == int(
+    assert Sampler.of(MIX, range(5), PROMPTS, V, "cpu").draw(logits, range(5), [3] * 5).tokens[0] == int(
         logits[0].argmax()
     )
 
@@ -213,23 +213,23 @@ def test_padding_of_the_vocabulary_is_never_drawn():
     logits = torch.zeros(1, V + 14)
     logits[:, V:] = 50.0
     for temperature in (0.0, 1.0):
-        sampler = Sampler([SamplingParams(temperature=temperature)], [0], [[1]], V, "cpu")
+        sampler = Sampler.of([SamplingParams(temperature=temperature)], [0], [[1]], V, "cpu")
         assert all(sampler.draw(logits, [0], [p]).tokens[0] < V for p in range(20))
 
 
 def test_what_was_drawn_is_penalized_from_then_on():
     logits = torch.zeros(1, V)
     logits[0, 7], logits[0, 8] = 2.0, 1.9
-    sampler = Sampler([SamplingParams(temperature=0.0, repetition_penalty=1.2)], [0], [[1]], V, "cpu")
+    sampler = Sampler.of([SamplingParams(temperature=0.0, repetition_penalty=1.2)], [0], [[1]], V, "cpu")
     assert [sampler.draw(logits, [0], [p]).tokens[0] for p in range(3)] == [7, 8, 7]
-    prompted = Sampler([SamplingParams(temperature=0.0, repetition_penalty=1.2)], [0], [[7]], V, "cpu")
+    prompted = Sampler.of([SamplingParams(temperature=0.0, repetition_penalty=1.2)], [0], [[7]], V, "cpu")
     assert prompted.draw(logits, [0], [0]).tokens == [8]
 
 
 def test_logprobs_are_those_of_the_model():
     logits = draw_logits(5)
     exact = logits.log_softmax(-1)
-    drawn = Sampler(MIX, range(5), PROMPTS, V, "cpu").draw(logits, range(5), [3] * 5)
+    drawn = Sampler.of(MIX, range(5), PROMPTS, V, "cpu").draw(logits, range(5), [3] * 5)
     assert [own is None for own in drawn.logprobs] == [True, True, True, False, True]
     own = drawn.logprobs[3]
     assert own.chosen == pytest.approx(float(exact[3, drawn.tokens[3]]), abs=1e-6)
@@ -240,7 +240,7 @@ def test_logprobs_are_those_of_the_model():
 
 def test_a_tiny_temperature_is_greedy_and_does_not_overflow():
     logits = draw_logits(1)
-    sampler = Sampler([SamplingParams(temperature=1e-30)], [0], [[1]], V, "cpu")
+    sampler = Sampler.of([SamplingParams(temperature=1e-30)], [0], [[1]], V, "cpu")
     assert {sampler.draw(logits, [0], [p]).tokens[0] for p in range(20)} == {int(logits.argmax())}
 
 
@@ -267,7 +267,7 @@ if __name__ == "__main__":
         SamplingParams(top_p=0.6),
         SamplingParams(temperature=0.3),
     ):
-        sampler = Sampler([params], [0], [[0]], 4, "cpu")
+        sampler = Sampler.of([params], [0], [[0]], 4, "cpu")
         drawn = [sampler.draw(logits, [0], [p]).tokens[0] for p in range(2000)]
         print(params, [drawn.count(i) / 2000 for i in range(4)])
     raise SystemExit(pytest.main([__file__]))
