@@ -26,6 +26,7 @@ __all__ = [
     "SamplingParams",
     "Writer",
     "append",
+    "as_lists",
     "generate",
     "is_one",
     "prepare",
@@ -166,14 +167,20 @@ def is_one(prompts) -> bool:
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(plain(prompts[0]), int))
 
 
-def prepare(kind, model, tokenizer, prompts, params, options) -> tuple[Writer, list[Prompt], list[SamplingParams]]:
-    """What `generate` and `stream` are given, as lists of equal length, and a writer of this kind with room for it."""
+def as_lists(prompts, params) -> tuple[list[Prompt], list[SamplingParams]]:
+    """What `generate` and `stream` are given, as lists of equal length; raises ValueError where they are not."""
     prompts = [prompts] if is_one(prompts) else list(prompts)
     params = params or SamplingParams()
     params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     if not prompts or len(params) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts and {len(params)} sampling parameters: give at least one prompt, and "
                          f"one SamplingParams for all, or one for each")  # fmt: skip
+    return prompts, params
+
+
+def prepare(kind, model, tokenizer, prompts, params, options) -> tuple[Writer, list[Prompt], list[SamplingParams]]:
+    """A writer of this kind with room for these prompts, and `as_lists`."""
+    prompts, params = as_lists(prompts, params)
     if tokenizer is not None and "capacity" not in options:
         lengths = [len(tokenizer.encode(p)) if isinstance(p, str) else len(p) for p in prompts]
         options = options | {"capacity": max(max(n, 1) + p.max_new_tokens for n, p in zip(lengths, params))}

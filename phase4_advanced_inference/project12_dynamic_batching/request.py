@@ -1,0 +1,63 @@
+"""
+Request
+
+This file implements a text that is written in a batch which others share following:
+- "Orca: A Distributed Serving System for Transformer-Based Generative Models" (Yu et al., 2022) - requests with a state
+  of their own, picked anew for every iteration
+
+Each component is explained with paper references for educational purposes.
+"""
+
+import random
+
+from phase3_core_inference.project8_kv_cache.texts import TextRequest
+
+ABORTED = "abort"  # the finish_reason of a request that was called off
+
+
+class Request(TextRequest):
+    """A text on its way through a batch that others share.
+
+    PAPER: "Orca: A Distributed Serving System for Transformer-Based Generative Models" (Yu et al., 2022), section 4.2.
+    PAPER CONTEXT: the scheduler keeps every request with its state, and picks some of them for each iteration.
+    INTUITION: a guest with a ticket: served so far, still hungry, and at table or in the queue.
+    IMPLEMENTATION: project 8's `TextRequest` with a row while it runs, what it may claim, and its own seed. `pending`
+        counts tokens that were drawn on the device and that the host has not read yet.
+    WHY: with the seed its own, and noise that counts positions, neighbours and preemption change nothing of its text.
+
+    Args:
+        priority: higher ones go first; user: whose it is, for fairness; others as of `TextRequest`.
+    """
+
+    def __init__(self, index, prompt, params, tokenizer, room, priority: int = 0, user: str = ""):
+        super().__init__(index, prompt, params, tokenizer, room)
+        self.priority, self.user = priority, user
+        self.seed = random.getrandbits(62) if params.seed is None else params.seed
+        self.n_prompt = len(self.tokens)
+        self.row: int | None = None  # of the cache
+        self.pending = 0
+        self.draft: list[int] = []  # guesses that the next step is to check (project 11)
+        self.queued = 0  # the step in which it came into the queue
+        self.kept = None  # what a capacity remembers of it while it is preempted
+
+    @property
+    def unread(self) -> int:
+        """Tokens of the text, known to the host or not, that the model has not read."""
+        return len(self.tokens) + self.pending - self.fed
+
+    @property
+    def reading(self) -> bool:
+        """Whether more than the newest token has yet to be read."""
+        return self.unread > 1 or not self.fed
+
+    @property
+    def complete(self) -> bool:
+        """Whether its last token has been drawn already, so that no step needs it."""
+        return len(self.tokens) + self.pending >= self.limit
+
+    def next_tokens(self, n: int) -> list[int]:
+        """The next n tokens that it reads, guesses among them; -1: one that only the device knows."""
+        tokens = self.tokens[self.fed : self.fed + n]
+        if self.pending and len(tokens) < n:
+            tokens.append(-1)
+        return tokens + self.draft[: n - len(tokens)]
