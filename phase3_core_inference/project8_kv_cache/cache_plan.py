@@ -21,7 +21,7 @@ from phase1_foundation.project3_pretrain.plans import LayerSpec
 from phase3_core_inference.project8_kv_cache.attention import CacheKernel
 from phase3_core_inference.project8_kv_cache.buffers import StepBuffers
 from phase3_core_inference.project8_kv_cache.stores import Store
-from phase3_core_inference.project8_kv_cache.work import Layout
+from phase3_core_inference.project8_kv_cache.work import SHORT, Layout
 
 
 class Shape(NamedTuple):
@@ -93,6 +93,11 @@ class CachePlan:
         self.bias = [torch.empty(R, T, n, dtype=dtype, device=device) for n in self.keys]
         self._seen, self._unseen = (torch.tensor(x, dtype=dtype, device=device) for x in (0.0, -torch.inf))
         self._places = torch.arange(max(self.keys), device=device)
+
+    @property
+    def short(self) -> bool:
+        """Whether this is a step of decoding or verification, which is worth compiling or recording."""
+        return self.shape.n_each <= SHORT and self.shape.n_wanted == self.shape.n_tokens
 
     def fill(self, layout: Layout, tokens: Sequence[int] | None) -> None:
         """Write where everything stands, and send it off."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.graphs import capture
 from phase3_core_inference.project8_kv_cache.kv_cache import KVCache
-from phase3_core_inference.project8_kv_cache.work import SHORT, Work
+from phase3_core_inference.project8_kv_cache.work import Work
 
 SHAPES = 64  # of decode steps, for each of which code may be compiled
 
@@ -77,8 +77,7 @@ class FastDecoder(Decoder):
 
     def run(self, plan, tokens: Tensor) -> Tensor:
         """One forward of this plan, compiled or replayed if it is a short one: logits, padded as it is."""
-        shape = plan.shape
-        if shape.n_each > SHORT or shape.n_wanted < shape.n_tokens:  # neither decode nor verification
+        if not plan.short:  # neither decode nor verification
             return super().run(plan, tokens)
         if plan not in self._steps:
             self._steps = {old: run for old, run in self._steps.items() if self.cache.keeps(old)}
