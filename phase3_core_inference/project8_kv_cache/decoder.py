@@ -36,7 +36,6 @@ class Decoder:
     def __init__(self, model, cache: KVCache):
         self.model, self.cache = model, cache
 
-    @torch.no_grad()
     def step(self, work: Work, tokens: Sequence[int]) -> Tensor:
         """Take one step with these tokens, in the order of the work: logits (n_wanted, V).
 
@@ -45,6 +44,7 @@ class Decoder:
         plan = self.cache.plan(work, tokens)
         return self.run(plan, plan.tokens)[: plan.n_wanted]
 
+    @torch.no_grad()
     def run(self, plan, tokens: Tensor) -> Tensor:
         """One forward of this plan: logits, padded as it is."""
         return self.model.forward(tokens, plan)
@@ -75,6 +75,7 @@ class FastDecoder(Decoder):
         self._record = capture if graphs else lambda function, *example: function
         self._steps: dict = {}  # plan -> what runs it
 
+    @torch.no_grad()
     def run(self, plan, tokens: Tensor) -> Tensor:
         """One forward of this plan, compiled or replayed if it is a short one: logits, padded as it is."""
         if not plan.short:  # neither decode nor verification

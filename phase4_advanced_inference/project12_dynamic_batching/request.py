@@ -36,6 +36,8 @@ class Request(TextRequest):
         self.n_prompt = len(self.tokens)
         self.row: int | None = None  # of the cache
         self.pending = 0
+        self.stale = 0  # tokens drawn behind one that had to be drawn again: they will be ignored
+        self.whole = False  # it draws from all tokens: candidates were not enough
         self.draft: list[int] = []  # guesses that the next step is to check (project 11)
         self.queued = 0  # the step in which it came into the queue
         self.kept = None  # what a capacity remembers of it while it is preempted

@@ -2,8 +2,8 @@
 Block allocator
 
 This file implements who owns which block of the cache following:
-- "Efficient Memory Management for Large Language Model Serving with PagedAttention" (Kwon et al., 2023) - blocks of fixed
-  size, handed out one by one, shared by reference counts
+- "Efficient Memory Management for Large Language Model Serving with PagedAttention" (Kwon et al., 2023) - blocks of
+  fixed size, handed out one by one, shared by reference counts
 
 Each component is explained with paper references for educational purposes.
 """

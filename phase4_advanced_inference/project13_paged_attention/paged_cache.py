@@ -34,7 +34,7 @@ from phase4_advanced_inference.project13_paged_attention.paged_store import Page
 __all__ = ["BlockAllocator", "OutOfBlocks", "PagedCache", "Swapped"]
 
 
-@dataclass
+@dataclass(eq=False)
 class Swapped:
     """A text's keys and values on the host."""
 
@@ -92,6 +92,7 @@ class PagedCache:
         self.capacity = min(capacity, self.allocator.n_blocks * page)
         self.lengths = [0] * n_rows
         self.n_held = [0] * n_rows  # blocks of each row
+        self._reserved = [0] * n_rows  # up to here each row may write
         self.tables = np.zeros((n_rows, self.n_most), dtype=np.int64)
         self._kept: dict[tuple, PagedPlan] = {}
         self.block_bytes = bytes_per_token(specs, dtype) * page
@@ -122,8 +123,10 @@ class PagedCache:
 
     def missing(self, row: int, n: int) -> int:
         """How many blocks n tokens more take from the free ones, a copy of a shared one among them."""
-        length = self.lengths[row]
-        return max(0, -(-(length + n) // self.page) - self.n_held[row]) + (n > 0 and self._shares_end(row))
+        end = self.lengths[row] + n
+        if end <= self._reserved[row] or not n:
+            return 0
+        return max(0, -(-end // self.page) - self.n_held[row]) + self._shares_end(row)
 
     def _shares_end(self, row: int) -> bool:
         """Whether the next token falls into a block that somebody else has, too."""
@@ -140,18 +143,21 @@ class PagedCache:
         IMPLEMENTATION: only the block in which the row ends can be written, so at most one is copied.
         WHY: texts that begin alike share all whole blocks for good, and part where they differ.
         """
+        if self.lengths[row] + n <= self._reserved[row]:
+            return  # since then others may share what this step will fill, but it is for this row to write
         missing = self.missing(row, n)
         if missing > self.allocator.n_free:
             raise OutOfBlocks(f"row {row} needs {missing} blocks for {n} tokens more, and {self.allocator.n_free} are "
                               f"free: free a row, or give the cache more blocks")  # fmt: skip
         at = self.lengths[row] // self.page
-        if n and self._shares_end(row):
+        if self._shares_end(row):
             old, new = int(self.tables[row, at]), self.allocator.allocate()[0]
             self._copy_block(old, new)
             self.allocator.release([old])
             self.tables[row, at] = new
             missing -= 1
         self._append(row, self.allocator.allocate(missing))
+        self._reserved[row] = self.lengths[row] + n
 
     @torch.no_grad()
     def _copy_block(self, old: int, new: int) -> None:
@@ -171,12 +177,13 @@ class PagedCache:
                              f"{self.n_most})")  # fmt: skip
         self.allocator.share(blocks)
         self._append(row, blocks)
-        self.lengths[row] = len(blocks) * self.page
+        self.lengths[row] = self._reserved[row] = len(blocks) * self.page
 
     def fork(self, row: int, target: int) -> None:
         """Let an empty row go on from where another is: all blocks are shared, the last one until one of them writes.
 
-        PAPER: "Efficient Memory Management for Large Language Model Serving with PagedAttention", arXiv:2309.06180, 4.4.
+        PAPER: "Efficient Memory Management for Large Language Model Serving with PagedAttention", arXiv:2309.06180,
+            section 4.4.
         PAPER CONTEXT: parallel samples of one prompt share its blocks; the last, partly filled one is copied on write.
         INTUITION: two endings for one story: the pages before are printed once.
         IMPLEMENTATION: one reference more for each block, and the same table; `reserve` does the rest.
@@ -186,7 +193,7 @@ class PagedCache:
             raise ValueError(f"row {target} holds {self.n_held[target]} blocks: free it first")
         self.allocator.share(self.blocks(row))
         self._append(target, self.blocks(row))
-        self.lengths[target] = self.lengths[row]
+        self.lengths[target] = self._reserved[target] = self._reserved[row] = self.lengths[row]
 
     def truncate(self, row: int, length: int) -> None:
         """Undo what came after the first `length` tokens of a row; blocks that are empty then are given back."""
@@ -197,6 +204,7 @@ class PagedCache:
         keep = -(-length // self.page)
         self.allocator.release(self.blocks(row)[keep:])
         self.lengths[row], self.n_held[row] = length, keep
+        self._reserved[row] = min(self._reserved[row], length)
 
     def free(self, row: int) -> None:
         """Forget a row."""
@@ -235,12 +243,16 @@ class PagedCache:
         n_each, all_wanted = int(layout.news.max()), n_wanted == n_tokens
         even = n_each <= SHORT and bool((layout.news == n_each).all())
         if even and self.padded:
-            n_rows = min(power_of_two(n_rows) if n_rows < 8 else quarter_octaves(n_rows, 8), len(self.lengths))
+            n_rows = self.rows_of(n_rows)
             n_tokens = n_rows * n_each
             n_wanted = n_tokens if all_wanted else n_wanted
         # Tables of full width where shapes must return, else as wide as the longest row.
         width = self.n_most if self.padded else -(-int(layout.ends.max()) // self.page)
         return Shape(n_tokens, n_wanted, n_rows, n_each, width), even
+
+    def rows_of(self, n: int) -> int:
+        """The number of rows that n are filled up to: so few sizes that code can be recorded for each."""
+        return min(power_of_two(n) if n < 8 else quarter_octaves(n, 8), len(self.lengths))
 
     def _find(self, shape: Shape, even: bool) -> PagedPlan:
         """The plan of this shape: the same one each time, unless it was not needed for long."""
@@ -284,7 +296,8 @@ class PagedCache:
     def swap_out(self, row: int) -> Swapped:
         """A row's blocks, copied to the host; the row is free then.
 
-        PAPER: "Efficient Memory Management for Large Language Model Serving with PagedAttention", arXiv:2309.06180, 4.5.
+        PAPER: "Efficient Memory Management for Large Language Model Serving with PagedAttention", arXiv:2309.06180,
+            section 4.5.
         PAPER CONTEXT: evicted blocks are copied to the CPU's memory, and back when the sequence goes on.
         INTUITION: a desk is cleared into a box, with the bookmarks left in.
         IMPLEMENTATION: asynchronous copies into pinned memory, in the order of the steps, so that nothing waits.

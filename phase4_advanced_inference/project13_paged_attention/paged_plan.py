@@ -37,13 +37,15 @@ class PagedPlan:
         kernels need no grid. Where every row has equally many new tokens (`even`), shapes repeat and can be recorded.
     WHY: where blocks lie is data, not shape: recorded graphs serve any allocation.
 
-    name    shape     meaning                                                example: page 4, work [(2, 3, 1), (5, 1, 1)]
-    rows    (N,)      the row of the cache of each token                     2 2 2 5
-    slots   (N,)      where it is written: block * page + place              4 5 6 31      (row 2 held 4 tokens, row 5 7)
-    wanted  (W,)      the tokens whose logits are wanted                     2 3
-    begins  (R + 1,)  where each row's new tokens begin                      0 3 4
-    ends    (R,)      length of each row after this step                     7 8
-    tables  (R, M)    blocks of each row, in order                           0 1 ... / 3 7 ...
+    What stands where, for pages of 4 and work [(2, 3, 1), (5, 1, 1)], where row 2 held 4 tokens and row 5 held 7:
+
+    name    shape     meaning                                        example
+    rows    (N,)      the row of the cache of each token             2 2 2 5
+    slots   (N,)      where it is written: block * page + place      4 5 6 31
+    wanted  (W,)      the tokens whose logits are wanted             2 3
+    begins  (R + 1,)  where the new tokens of each row begin         0 3 4
+    ends    (R,)      length of each row after this step             7 8
+    tables  (R, M)    blocks of each row, in order                   0 1 | 3 7
     """
 
     def __init__(self, specs: Sequence[LayerSpec], stores: Sequence[PagedStore], shape: Shape, even: bool, device):
