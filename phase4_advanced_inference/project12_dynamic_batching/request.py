@@ -60,6 +60,8 @@ class Request(TextRequest):
     def next_tokens(self, n: int) -> list[int]:
         """The next n tokens that it reads, guesses among them; -1: one that only the device knows."""
         tokens = self.tokens[self.fed : self.fed + n]
+        if len(tokens) == n:
+            return tokens
         if self.pending and len(tokens) < n:
             tokens.append(-1)
         return tokens + self.draft[: n - len(tokens)]

@@ -106,11 +106,11 @@ class Scheduler:
         step = Step(self.max_tokens)
         self._make_way(step)
         ordered = sorted(self.running, key=_importance)
-        for request in ordered:
-            if request.row is not None and not request.reading and not request.complete:
+        for request in [r for r in ordered if not r.reading]:
+            if request.row is not None and not request.complete:
                 self._serve(request, step, 1 + len(request.draft))
-        for request in ordered:
-            if request.row is not None and request.reading:
+        for request in [r for r in ordered if r.reading]:
+            if request.row is not None:
                 self._serve(request, step, request.unread)
         self._admit(step)
         return step if step.work else None
@@ -118,20 +118,20 @@ class Scheduler:
     def _serve(self, request: Request, step: Step, n: int) -> None:
         """Give a request up to n tokens of this step, if there is room for them."""
         n = min(n, step.budget, self.capacity.step_limit)
-        if not n or not self._make_room(request, step, n):
+        if not n or not (self.capacity.grow(request, n) or self._make_room(request, step, n)):
             return
-        tokens = request.next_tokens(n)
-        guesses = max(0, n - request.unread)  # logits are wanted behind the newest token and each guess
-        n_wanted = 1 + guesses if n >= request.unread and not request.complete else 0
+        unread = request.unread
+        # Logits are wanted behind the newest token and behind each guess, if nothing before them is left to read.
+        n_wanted = 1 + n - unread if n >= unread and not request.complete else 0
         step.work.append((request.row, n, n_wanted))
-        step.tokens += tokens
+        step.tokens += request.next_tokens(n)
         step.requests.append(request)
         step.budget -= n
         request.fed += n
         self.served[request.user] += n
 
     def _make_room(self, request: Request, step: Step, n: int) -> bool:
-        """Find memory for n tokens more, if need be by preemption.
+        """Find memory for n tokens more by preemption.
 
         PAPER: "Efficient Memory Management for Large Language Model Serving with PagedAttention", arXiv:2309.06180,
             section 4.5.
@@ -141,16 +141,16 @@ class Scheduler:
             that still reads its prompt does not push itself out: it waits for a later step.
         WHY: the most important request always gets on, so the queue always moves.
         """
-        while not self.capacity.grow(request, n):
-            victim = max((r for r in self.running if r not in step.requests), key=_importance)
-            if victim is request and request.reading:
-                return False
-            if _importance(victim) < _importance(request):
+        served = set(map(id, step.requests))
+        while True:
+            victim = max((r for r in self.running if id(r) not in served), key=_importance)
+            if (victim is request and request.reading) or _importance(victim) < _importance(request):
                 return False
             self._preempt(victim, step)
             if victim is request:
                 return False
-        return True
+            if self.capacity.grow(request, n):
+                return True
 
     def _preempt(self, request: Request, step: Step) -> None:
         """Take a request's row; it goes to the front of its queue."""

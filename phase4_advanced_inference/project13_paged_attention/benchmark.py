@@ -4,8 +4,8 @@
     uv run python phase4_advanced_inference/project13_paged_attention/benchmark.py --parts kernels
 
 checks: texts of the engine are those of project 8, in every mode. kernels: attention over blocks, and over one piece.
-throughput: many requests at once, against `transformers`. pressure: a trace of skewed lengths in a quarter of the memory
-that it would use, against rows that are reserved. sharing: questions about one text.
+throughput: many requests at once, against `transformers`. pressure: a trace of skewed lengths in a quarter of the
+memory that it would use, against rows that are reserved. sharing: questions about one text.
 """
 
 import functools

@@ -306,9 +306,6 @@ def check_shapes(q, k, v, tables, begins, ends, scale, n_each, splits) -> None:
         raise ValueError(f"splits={splits} must be from 1 to 128: leave it out to have it chosen")
 
 
-_choose_splits = functools.cache(decoding.choose_splits)
-
-
 def paged_attention(
     q: Tensor, k: Tensor, v: Tensor, tables: Tensor, begins: Tensor | None, ends: Tensor, scale: float,
     window: int | None = None, n_each: int | None = None, splits: int | None = None,
@@ -346,7 +343,7 @@ def paged_attention(
         q = q.contiguous()
     if n_each is not None and n_each <= FEW and width_of(n_each * (H // Hkv)) <= FEW_ROWS:
         if splits is None:
-            splits = _choose_splits(R * Hkv, tables.shape[1] * k.shape[1], q.device)
+            splits = decoding.choose_splits(R * Hkv, tables.shape[1] * k.shape[1], q.device)
         return torch.ops.roadmap.paged_few(q, k, v, tables, ends, scale, window, n_each, splits)
     if n_each is not None:
         begins = torch.arange(0, N + 1, n_each, dtype=torch.int32, device=q.device)

@@ -92,7 +92,7 @@ class PagedCache:
         self.capacity = min(capacity, self.allocator.n_blocks * page)
         self.lengths = [0] * n_rows
         self.n_held = [0] * n_rows  # blocks of each row
-        self._reserved = [0] * n_rows  # up to here each row may write
+        self._reserved = [0] * n_rows  # up to here each row may write without asking
         self.tables = np.zeros((n_rows, self.n_most), dtype=np.int64)
         self._kept: dict[tuple, PagedPlan] = {}
         self.block_bytes = bytes_per_token(specs, dtype) * page
@@ -140,11 +140,12 @@ class PagedCache:
             sections 4.3 and 4.4 (copy-on-write).
         PAPER CONTEXT: a block with a reference count above one is copied before it is written, and the count lowered.
         INTUITION: whoever wants to write on a shared page makes a copy, and gives the shared one back.
-        IMPLEMENTATION: only the block in which the row ends can be written, so at most one is copied.
+        IMPLEMENTATION: only the block in which the row ends can be written, so at most one is copied. A block that was
+            taken, or found to be the row's own, is its to fill: no need to ask again for each token.
         WHY: texts that begin alike share all whole blocks for good, and part where they differ.
         """
         if self.lengths[row] + n <= self._reserved[row]:
-            return  # since then others may share what this step will fill, but it is for this row to write
+            return
         missing = self.missing(row, n)
         if missing > self.allocator.n_free:
             raise OutOfBlocks(f"row {row} needs {missing} blocks for {n} tokens more, and {self.allocator.n_free} are "
@@ -157,7 +158,7 @@ class PagedCache:
             self.tables[row, at] = new
             missing -= 1
         self._append(row, self.allocator.allocate(missing))
-        self._reserved[row] = self.lengths[row] + n
+        self._reserved[row] = self.n_held[row] * self.page
 
     @torch.no_grad()
     def _copy_block(self, old: int, new: int) -> None:
@@ -229,7 +230,7 @@ class PagedCache:
 
     def _reserve_all(self, work: Work) -> None:
         """Take the blocks of all rows, or of none."""
-        needs = [(row, n) for row, n, _ in work if self.missing(row, n)]
+        needs = [(row, n) for row, n, _ in work if self.lengths[row] + n > self._reserved[row]]
         total = sum(self.missing(row, n) for row, n in needs)
         if total > self.allocator.n_free:
             raise OutOfBlocks(f"this step needs {total} blocks more, and {self.allocator.n_free} are free: free a row, "

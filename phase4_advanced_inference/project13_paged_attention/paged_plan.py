@@ -18,6 +18,7 @@ from phase1_foundation.project3_pretrain.plans import LayerSpec
 from phase3_core_inference.project8_kv_cache.buffers import StepBuffers
 from phase3_core_inference.project8_kv_cache.cache_plan import Shape
 from phase3_core_inference.project8_kv_cache.work import SHORT, Layout
+from phase3_core_inference.project9_flash_attention.decoding import choose_splits
 from phase4_advanced_inference.project13_paged_attention.paged_attention import (
     paged_attention,
     queries_of_a_tile,
@@ -62,6 +63,8 @@ class PagedPlan:
         self.begins, self.ends, tables = self._narrow.split([R + 1, R, R * M])
         self.tables = tables.view(R, M)
         self._sizes = [queries_of_a_tile(s.n_head, s.n_kv_head, s.head_size, s.value_size) for s in specs]
+        keys = M * stores[0].page
+        self._splits = [choose_splits(R * spec.n_kv_head, keys, torch.device(device)) for spec in specs]
         self._tiles: dict[int, tuple[Tensor, Tensor] | None] = dict.fromkeys(self._sizes)
         self.n_tokens = self.n_wanted = 0
 
@@ -98,7 +101,7 @@ class PagedPlan:
         store, spec = self.stores[layer], self.specs[layer]
         store.write(self.slots, k, v)
         y = paged_attention(q.to(store.dtype), store.k, store.v, self.tables, self.begins, self.ends, spec.scale,
-                            spec.window, n_each=self.n_each, tiles=self._tiles[self._sizes[layer]])  # fmt: skip
+                            spec.window, self.n_each, self._splits[layer], self._tiles[self._sizes[layer]])  # fmt: skip
         return y.to(q.dtype)
 
     def select(self, x: Tensor) -> Tensor:
