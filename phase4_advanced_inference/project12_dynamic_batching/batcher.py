@@ -132,10 +132,10 @@ class Batcher(Machine):
         """
         if self.busy:
             raise ValueError("requests are being served: take their steps first, or use add and step for all")
-        encoded = [self.encode(prompt) for prompt in prompts]  # nothing is queued if one is refused
-        requests = [self.add(prompt, each) for prompt, each in zip(encoded, params)]
-        places = {request.index: place for place, request in enumerate(requests)}
-        try:
+        encoded = [self.encode(prompt) for prompt in prompts]
+        try:  # whatever happens, also if a later one is refused, nobody stays behind
+            requests = [self.add(prompt, each) for prompt, each in zip(encoded, params)]
+            places = {request.index: place for place, request in enumerate(requests)}
             while self.busy:
                 for piece in self.step():
                     yield Piece(places[piece.index], piece.text, piece.token, piece.finish_reason, piece.logprobs)
