@@ -21,6 +21,7 @@ from phase3_core_inference.project8_kv_cache.texts import Generation, Piece, app
 from phase4_advanced_inference.project12_dynamic_batching.capacity import Capacity, Slots
 from phase4_advanced_inference.project12_dynamic_batching.request import Request
 from phase4_advanced_inference.project12_dynamic_batching.scheduler import Scheduler, Step
+from phase4_advanced_inference.project12_dynamic_batching.selective import selective_step
 
 
 class Batcher(Machine):
@@ -31,7 +32,7 @@ class Batcher(Machine):
         requests together, attention over each request's own keys ("selective batching").
     INTUITION: one kitchen, many tables; what is ready goes out, and a new order is taken at once.
     IMPLEMENTATION: `add` queues, `step` asks the scheduler for work, runs it, draws, and says what each token adds.
-        Tokens lie one after the other in one ragged row (project 8's plans), so mixing costs no padding.
+        Tokens lie one after the other in one ragged row, attention is grouped by their number (selective.py).
     WHY: the reference of project 13's Runner, which does the same over blocks, and one step ahead of the host.
 
     The model is put into eval mode. If a step fails, all requests are called off, and the error is raised.
@@ -99,7 +100,7 @@ class Batcher(Machine):
         if step is None:
             return []
         self.seat(step)
-        logits = self.decoder.step(step.work, step.tokens)
+        logits = selective_step(self.decoder, step.work, step.tokens)
         drawing = step.drawing
         if not drawing:
             return []
