@@ -6,8 +6,8 @@ This file implements requests that arrive over time, and what they experience, f
   latency of a request by the tokens that it got
 - "Efficient Memory Management for Large Language Model Serving with PagedAttention" (Kwon et al., 2023) - normalized
   latency against the rate of requests; lengths of real conversations are skewed
-- "Taming Throughput-Latency Tradeoff in LLM Inference with Sarathi-Serve" (Agrawal et al., 2024) - the tail of the times
-  between tokens
+- "Taming Throughput-Latency Tradeoff in LLM Inference with Sarathi-Serve" (Agrawal et al., 2024) - the tail of the
+  times between tokens
 
 Each component is explained with paper references for educational purposes.
 """
@@ -54,7 +54,7 @@ def make_trace(
     """A trace: who comes when, with how long a prompt, and how much is to be written.
 
     PAPER: "Orca: A Distributed Serving System for Transformer-Based Generative Models" (Yu et al., 2022), section 6.2.
-    PAPER CONTEXT: lengths are drawn at random, arrivals are a Poisson process; each request gets as many tokens as drawn.
+    PAPER CONTEXT: lengths are drawn at random, arrivals are a Poisson process; each gets as many tokens as were drawn.
     INTUITION: customers do not come in step, and their baskets are not equally full.
     IMPLEMENTATION: exponential gaps of mean 1 / rate. Prompts are cut out of `tokens` at random places. Lengths are
         log-normal where the paper's are uniform: those of conversations are skewed (PagedAttention, section 6.1).
