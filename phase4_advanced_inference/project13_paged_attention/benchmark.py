@@ -59,12 +59,13 @@ def model_of(s, device, room=None):
 
 
 def runner_of(s, model, **options):
-    """An engine for it, warmed up."""
+    """An engine for it, warmed up; what is compiled waits for the first round, which needs but a few of all sizes."""
     capacity = s.LONGEST + s.NEW_TOKENS
     graphs = next(model.parameters()).is_cuda
     common = {"n_rows": s.N_ROWS, "capacity": capacity, "max_tokens": s.MAX_TOKENS, "page": s.PAGE, "graphs": graphs}
     runner = Runner(model, NumberTokenizer(model.config.vocab_size), **(common | options))
-    runner.warm_up()
+    if not options.get("compiled"):
+        runner.warm_up()
     return runner
 
 

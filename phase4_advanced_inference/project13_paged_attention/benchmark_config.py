@@ -12,7 +12,7 @@ DEVICE = pick_device()  # cuda, mps or cpu
 _GPU = DEVICE == "cuda"
 SEED = 0  # of weights, lengths and tokens
 PARTS: list[str] = [*_PARTS]  # what to measure; of the rest, what stands in results/ is kept
-REPEATS = 5 if _GPU else 3  # timed rounds, all rivals in turn
+REPEATS = 3  # timed rounds, all rivals in turn
 PEER = True  # also measure transformers' continuous batching, which takes most of the time
 
 # == Engine ==
