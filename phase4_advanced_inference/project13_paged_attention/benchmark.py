@@ -28,7 +28,11 @@ from phase4_advanced_inference.project10_prompt_caching.limits import reading_fl
 from phase4_advanced_inference.project11_speculative_decoding.speculation import Speculation
 from phase4_advanced_inference.project12_dynamic_batching.batcher import Batcher
 from phase4_advanced_inference.project13_paged_attention import benchmark_config
-from phase4_advanced_inference.project13_paged_attention.paged_attention import paged_attention
+from phase4_advanced_inference.project13_paged_attention.paged_attention import (
+    paged_attention,
+    queries_of_a_tile,
+    tile_list,
+)
 from phase4_advanced_inference.project13_paged_attention.runner import Runner
 
 SHAPES = {
@@ -83,7 +87,8 @@ def skewed_trace(s, vocab_size):
     def length(median, most):
         return max(4, min(most, round(draw.lognormvariate(0, 1) * median)))
 
-    lengths = [(length(s.LONGEST / 4, s.LONGEST), length(s.NEW_TOKENS / 4, s.NEW_TOKENS)) for _ in range(s.N_REQUESTS)]
+    most = s.LONGEST + s.NEW_TOKENS
+    lengths = [(length(s.LONGEST / 8, most // 2), length(s.NEW_TOKENS / 2, most // 2)) for _ in range(s.N_REQUESTS)]
     return [([draw.randrange(vocab_size) for _ in range(n)], new) for n, new in lengths]
 
 
@@ -130,12 +135,12 @@ def check(report, s, device):
     modes = {
         "one step ahead": {"ahead": True, "graphs": graphs},
         "a step at a time": {"ahead": False},
-        "little memory, read anew": {"memory": 14 * block, "graphs": graphs},
-        "little memory, swapped": {"memory": 14 * block, "swap_bytes": 2**30, "graphs": graphs},
+        "little memory, read anew": {"memory": 16 * block, "graphs": graphs},
+        "little memory, swapped": {"memory": 16 * block, "swap_bytes": 2**30, "graphs": graphs},
         "with drafts": {"speculation": Speculation(rule="coupled", graphs=graphs), "graphs": graphs},
     }
     for name, options in modes.items():
-        runner = Runner(model, tokenizer, 8, 96, max_tokens=32, page=8, **options)
+        runner = Runner(model, tokenizer, 8, 128, max_tokens=32, page=8, **options)
         texts = [text.tokens for text in runner.generate(prompts, params)]
         runner.blocks.clear()
         whole = runner.cache.allocator.n_free == runner.cache.allocator.n_blocks
@@ -194,9 +199,10 @@ def measure_chunk(report, s, device, n, past, sizes):
     begins = torch.arange(0, rows * n + 1, n, device=device).int()
     ends = torch.full((rows,), n + past, device=device).int()
     bias = torch.nn.attention.bias.causal_lower_right(n, n + past)
+    tiles = tile_list(begins, rows * n, queries_of_a_tile(H, Hkv, D, D))  # once a step, for all layers
     split = q.view(rows, n, H, D).transpose(1, 2)
     runs = {
-        "ours": lambda: paged_attention(q, k, v, tables, begins, ends, D**-0.5),
+        "ours": lambda: paged_attention(q, k, v, tables, begins, ends, D**-0.5, tiles=tiles),
         "theirs": lambda: F.scaled_dot_product_attention(split, ck, cv, bias, scale=D**-0.5, enable_gqa=True),
     }
     error = float((runs["ours"]().view(rows, n, H, D) - runs["theirs"]().transpose(1, 2)).norm() / q.norm())
@@ -397,25 +403,30 @@ def measure_first_token(report, s, device):
     """The time to the first token of a long prompt whose beginning lies in blocks already, which are shared."""
     model, n, draw = model_of(s, device, s.LONG_PROMPT + 64), s.LONG_PROMPT, random.Random(s.SEED)
     vocab_size = model.config.vocab_size
-    runner = runner_of(s, model, n_rows=2, capacity=n + 64, max_tokens=max(n, 2))
+    memory = 8 * (n + 64) * bytes_per_token(model.specs, next(model.parameters()).dtype)  # what is asked for once, stays
+    runner = runner_of(s, model, n_rows=2, capacity=n + 64, max_tokens=n, memory=memory)
     prefix = [draw.randrange(vocab_size) for _ in range(n)]
-    runner.generate([prefix], SamplingParams(1, 0.0, stop_ids=()))
+    serve(runner, [(prefix, 1)])
     known = {rate: int(n * rate) for rate in (0.0, *s.HIT_RATES)}
 
     def first(length):
         prompt = prefix[:length] + [draw.randrange(vocab_size) for _ in range(n - length)]
+        synchronize(device)
         began = time.perf_counter()
-        request = runner.add(prompt, SamplingParams(2, 0.0, stop_ids=()))
+        runner.add(prompt, SamplingParams(2, 0.0, stop_ids=()))
         while not runner.step():
             pass
         spent = time.perf_counter() - began
-        runner.abort(request)
+        while runner.busy:
+            runner.step()
         return spent
 
     spent = {rate: [] for rate in known}
     for _ in range(2 + s.REPEATS):
         for rate, length in known.items():
             spent[rate].append(first(length))
+    found, whole = runner.blocks.tree.statistics.found, (2 + s.REPEATS) * sum(known.values())
+    report.check("exactly the known tokens were found", found == whole, f"{found:,}, should be {whole:,}")
     times = {rate: sorted(values[2:])[s.REPEATS // 2] for rate, values in spent.items()}
     report.row(f"{s.MODEL}: first token of {n:,}, nothing known", times[0.0] * 1e3, "ms", higher_is_better=False,
                note=f"{reading_flops(model, 0, n) / times[0.0] / 1e12:.3g} TFLOP/s")  # fmt: skip
