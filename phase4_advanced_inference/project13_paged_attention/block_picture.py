@@ -16,7 +16,7 @@ from phase4_advanced_inference.project13_paged_attention.paged_cache import Page
 ACROSS = 16  # blocks in one line of the map
 WIDEST_BAR = 16  # signs for the tokens of a block
 LEGEND = (
-    "tables: the blocks of each row in order; * other rows have it, too; [##..] how far a block is filled, if not full\n"
+    "tables: the blocks of each row in order; * other rows have it, too; [##..] how full it is, where it is not full\n"
     "map: for each block how many rows have it; + the tree has it, too, or alone; . nobody: it is free"
 )
 

@@ -4,7 +4,7 @@ uv run python phase4_advanced_inference/project13_paged_attention/serve_batch.py
 uv run python phase4_advanced_inference/project13_paged_attention/serve_batch.py --compare
 uv run python phase4_advanced_inference/project13_paged_attention/serve_batch.py --show_blocks 3 --rows 3
 uv run python phase4_advanced_inference/project13_paged_attention/serve_batch.py --memory_mib 2 --swap_mib 8
-uv run python phase4_advanced_inference/project13_paged_attention/serve_batch.py --prompt "Once" "In 1914" --draft_tokens 4
+uv run python phase4_advanced_inference/project13_paged_attention/serve_batch.py --draft_tokens 4 --temperature 0
 """
 
 import re
@@ -97,22 +97,20 @@ def runner_of(run, model, tokenizer, prompts) -> Runner:
     """The engine, with rows for the longest of these prompts and its continuation."""
     s, longest, block_size = run.settings, max(map(len, prompts)), model.config.block_size
     if longest >= block_size:
-        raise ValueError(f"a prompt of {longest} tokens leaves no room to go on in the model's block_size={block_size}: "
-                         f"shorten it (HEADER and PASSAGE_TOKENS={s.PASSAGE_TOKENS}, where none are given)")  # fmt: skip
-    wanted = min(longest + s.MAX_NEW_TOKENS, block_size)
+        raise ValueError(f"a prompt of {longest} tokens leaves no room to go on: the model's block_size={block_size}: "
+                         f"shorten it (where none was given: HEADER, and PASSAGE_TOKENS={s.PASSAGE_TOKENS})")  # fmt: skip
+    wanted, n_rows = min(longest + s.MAX_NEW_TOKENS, block_size), min(s.ROWS, len(prompts))
     block = bytes_per_token(model.specs, next(model.parameters()).dtype) * s.PAGE
-    memory = None if s.MEMORY_MIB is None else int(s.MEMORY_MIB * 2**20)
-    holds = wanted if memory is None else memory // block * s.PAGE
-    if holds <= longest:
+    memory = n_rows * -(-wanted // s.PAGE) * block if s.MEMORY_MIB is None else int(s.MEMORY_MIB * 2**20)
+    if (holds := memory // block * s.PAGE) <= longest:
         raise ValueError(f"MEMORY_MIB={s.MEMORY_MIB} holds {holds} tokens, and a prompt has {longest}: give at least "
                          f"{(longest // s.PAGE + 1) * block / 2**20:g}")  # fmt: skip
     if holds < wanted:
-        run.print(f"MEMORY_MIB={s.MEMORY_MIB} holds {holds} tokens, so texts end there; the longest would have {wanted}")
+        run.print(f"MEMORY_MIB={s.MEMORY_MIB} holds {holds} tokens: texts end there, which might have {wanted}")
     speculation = None
     if s.DRAFT_TOKENS:
         draft = draft_of(s.DRAFT, tokenizer, run.device, getattr(torch, s.DTYPE), s.GRAPHS)
         speculation = Speculation(draft, s.DRAFT_TOKENS, s.RULE, s.GRAPHS)
-    n_rows = min(s.ROWS, len(prompts))
     runner = Runner(model, tokenizer, n_rows, wanted, memory, s.PAGE, s.SHARE, int(s.SWAP_MIB * 2**20), speculation,
                     s.AHEAD, max_tokens=s.STEP_TOKENS, graphs=s.GRAPHS)  # fmt: skip
     if s.GRAPHS:
@@ -176,8 +174,8 @@ def summarize(run, runner, texts, seconds, seen):
     most, waste = max((used for used, _ in seen), default=0), sum(part for _, part in seen) / max(len(seen), 1)
     reserved = runner.n_rows * -(-runner.room // cache.page)
     run.print(f"\n{n_tokens} tokens in {len(seen)} steps and {seconds:.2f} s: {n_tokens / seconds:.1f} tokens/s")
-    run.print(f"blocks in use: {most} at most ({most * cache.block_bytes / 2**20:.1f} MiB), {waste:.1%} of their places "
-              f"empty on average; rows reserved for the longest text: {reserved}")  # fmt: skip
+    run.print(f"blocks in use: {most} at most ({most * cache.block_bytes / 2**20:.1f} MiB), {waste:.1%} of their "
+              f"places empty on average; rows reserved for the longest text: {reserved}")  # fmt: skip
     if blocks.tree is not None:
         found = blocks.tree.statistics
         run.print(f"found in the tree: {found.found:,} of {found.asked:,} tokens that were looked up "
