@@ -97,8 +97,8 @@ def runner_of(run, model, tokenizer, prompts) -> Runner:
     """The engine, with rows for the longest of these prompts and its continuation."""
     s, longest, block_size = run.settings, max(map(len, prompts)), model.config.block_size
     if longest >= block_size:
-        raise ValueError(f"a prompt of {longest} tokens leaves no room to go on: the model's block_size={block_size}: "
-                         f"shorten it (where none was given: HEADER, and PASSAGE_TOKENS={s.PASSAGE_TOKENS})")  # fmt: skip
+        raise ValueError(f"a prompt of {longest} tokens has no room to go on: the model's block_size={block_size}: "
+                         f"shorten it, or HEADER, or PASSAGE_TOKENS={s.PASSAGE_TOKENS}")  # fmt: skip
     wanted, n_rows = min(longest + s.MAX_NEW_TOKENS, block_size), min(s.ROWS, len(prompts))
     block = bytes_per_token(model.specs, next(model.parameters()).dtype) * s.PAGE
     memory = n_rows * -(-wanted // s.PAGE) * block if s.MEMORY_MIB is None else int(s.MEMORY_MIB * 2**20)

@@ -172,7 +172,7 @@ class _Interrupted:
         (["--prompt", "x", "--prompts_file", "x.txt"], "give one of both"),
         (["--document", "nowhere.txt"], "DOCUMENT=nowhere.txt cannot be read as text"),
         (["--passages", "1000000"], "PASSAGES=1000000 are more than the"),
-        (["--prompt", "x" * 128], "a prompt of 128 tokens leaves no room to go on: the model's block_size=128"),
+        (["--prompt", "x" * 128], "a prompt of 128 tokens has no room to go on: the model's block_size=128"),
         (["--prompt", "x" * 20, "--memory_mib", "0.008"], "MEMORY_MIB=0.008 holds 16 tokens, and a prompt has 20: give "
          "at least 0.0117188"),
         (["--prompt", "x", "--draft_tokens", "80"], "k + 1 at most what the cache takes"),
