@@ -10,18 +10,25 @@ _COLOURS = ("#0b5cad", "#d1495b", "#2e8b57", "#7b4ea3", "#c77d00", "#5a5a5a", "#
 
 def _figure(title, xlabel, ylabel):
     """An empty figure in the shared style."""
+    figure, (axes,) = _panels(1, xlabel, ylabel)
+    axes.set_title(title, fontsize=11)
+    return figure, axes
+
+
+def _panels(n, xlabel, ylabel, height=4.2):
+    """An empty figure of n panels below each other, on one x axis."""
     import matplotlib  # heavy, and only needed when a plot is drawn
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7.2, 4.2), dpi=110)
-    axes.set_title(title, fontsize=11)
+    figure, grid = pyplot.subplots(n, figsize=(7.2, height), dpi=110, sharex=True, squeeze=False)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(ylabel)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    return figure, list(grid[:, 0])
 
 
 def _write(figure, path):
@@ -110,3 +117,45 @@ def bars(path, labels, groups, ylabel, title):
     axes.margins(y=0.28)  # room for the legend above the bars
     axes.legend(frameon=False, fontsize=9, ncols=2, loc="upper right")
     return _write(figure, path)
+
+
+def timeline(path, panels, xlabel, ylabel, title):
+    """Draw who is where when to a PNG: a line a row, a bar a span in its owner's colour, pale but for strong ones.
+
+    Args:
+        panels: name -> spans, each (row, start, stop, owner, strong); panels stand below each other on one x axis.
+    """
+    n_rows = [max((row for row, *_ in spans), default=0) + 1 for spans in panels.values()]
+    figure, axes = _panels(len(panels), xlabel, ylabel, height=1.2 + 0.5 * len(panels) + 0.16 * sum(n_rows))
+    figure.suptitle(title, fontsize=11)
+    for one, (name, spans), n in zip(axes, panels.items(), n_rows):
+        one.grid(visible=False)
+        for row in range(n):
+            one.axhline(row, color="#d0d0d0", linewidth=0.6, zorder=0)
+        for row, start, stop, owner, strong in spans:
+            colour = _COLOURS[owner % len(_COLOURS)]
+            one.barh(row, stop - start, 0.78, start, color=colour if strong else _paler(colour), linewidth=0)
+        _number_spans(one, spans)
+        one.set_yticks(range(n), [str(row) for row in range(n)], fontsize=7)
+        one.set_ylim(n - 0.4, -0.6)
+        one.set_title(name, fontsize=9, loc="left")
+    axes[0].set_xlim(0, max((stop for spans in panels.values() for _, _, stop, *_ in spans), default=1))
+    return _write(figure, path)
+
+
+def _paler(colour):
+    """A colour mixed with white.
+
+    >>> _paler("#0b5cad")
+    '#aac7e2'
+    """
+    parts = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return "#" + "".join(f"{round(0.35 * part + 0.65 * 255):02x}" for part in parts)
+
+
+def _number_spans(axes, spans):
+    """Write each owner's number where its first long pale span begins, if there is room for it."""
+    total = max((stop for _, _, stop, *_ in spans), default=1)
+    for row, start, stop, owner, strong in spans:
+        if not strong and stop - start > total * 0.012 * (1 + len(str(owner))):
+            axes.text(start + total * 0.006, row, str(owner), fontsize=6.5, va="center", color="#202020")

@@ -43,9 +43,20 @@ def test_a_plot_is_replaced_not_appended_and_pixels_depend_on_the_data(tmp_path)
     assert pictures[0] != pictures[2]
 
 
+def test_timelines_stand_below_each_other(tmp_path):
+    spans = [(0, 0, 1, 0, True), (0, 1, 9, 0, False), (1, 2, 3, 1, True), (1, 3, 4.5, 1, False), (3, 5, 9, 12, False)]
+    one = plots.timeline(tmp_path / "a.png", {"alone": spans}, "step", "row", "Who is where")
+    two = plots.timeline(tmp_path / "b.png", {"one": spans, "none": []}, "step", "row", "Who is where")
+    assert size_of(one)[0] == size_of(two)[0] == 792 and size_of(one)[1] < size_of(two)[1]
+    moved = [(row, start, stop, owner, not strong) for row, start, stop, owner, strong in spans]
+    other = plots.timeline(tmp_path / "c.png", {"alone": moved}, "step", "row", "Who is where")
+    assert one.read_bytes() != other.read_bytes()  # strong and pale look different
+
+
 def test_no_figure_stays_open(tmp_path):
     from matplotlib import pyplot
 
+    plots.timeline(tmp_path / "e.png", {"a": [(0, 0, 1, 0, True)]}, "x", "y", "t")
     plots.curves(tmp_path / "d.png", {"a": ([0, 1], [0, 1])}, "x", "y", "t")
     assert pyplot.get_fignums() == []
 

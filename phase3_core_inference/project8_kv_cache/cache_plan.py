@@ -96,8 +96,13 @@ class CachePlan:
 
     @property
     def short(self) -> bool:
-        """Whether this is a step of decoding or verification, which is worth compiling or recording."""
+        """Whether this is a step of decoding or verification, which is worth compiling."""
         return self.shape.n_each <= SHORT and self.shape.n_wanted == self.shape.n_tokens
+
+    @property
+    def returns(self) -> bool:
+        """Whether steps of this shape will come often enough to be recorded."""
+        return self.short
 
     def fill(self, layout: Layout, tokens: Sequence[int] | None) -> None:
         """Write where everything stands, and send it off."""
@@ -219,8 +224,17 @@ class PromptPlan(CachePlan):
     def _prepare_masks(self, dtype: torch.dtype, device) -> None:
         self.bias = [causal_lower_right(self.shape.n_each, self.shape.n_keys)]
 
+    def fill(self, layout: Layout, tokens: Sequence[int] | None) -> None:
+        """Write where everything stands, and send it off."""
+        super().fill(layout, tokens)
+        self._row = int(layout.rows[0])
+
     def _see(self) -> None:
         """It is seen from the sizes alone."""
+
+    def _read(self, store: Store, n_keys: int) -> tuple[Tensor, Tensor]:
+        keys, values = store.first(self._row + 1, n_keys)
+        return keys[self._row :], values[self._row :]
 
     def _to_grid(self, q: Tensor) -> Tensor:
         return q.unsqueeze(0)

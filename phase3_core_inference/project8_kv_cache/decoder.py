@@ -77,17 +77,17 @@ class FastDecoder(Decoder):
 
     @torch.no_grad()
     def run(self, plan, tokens: Tensor) -> Tensor:
-        """One forward of this plan, compiled or replayed if it is a short one: logits, padded as it is."""
-        if not plan.short:  # neither decode nor verification
+        """One forward of this plan, compiled or replayed if its shape will return: logits, padded as it is."""
+        if not plan.returns:
             return super().run(plan, tokens)
         if plan not in self._steps:
             self._steps = {old: run for old, run in self._steps.items() if self.cache.keeps(old)}
-            self._steps[plan] = self._first(plan)
+            self._steps[plan] = self._first(plan, tokens)
         return self._steps[plan](tokens)
 
-    def _first(self, plan) -> Callable[[Tensor], Tensor]:
+    def _first(self, plan, tokens: Tensor) -> Callable[[Tensor], Tensor]:
         """What runs steps of this plan from now on."""
-        forward = self._forward
+        forward = self._forward if plan.short else self.model.forward
         with torch._dynamo.config.patch(recompile_limit=SHAPES):
-            forward(plan.tokens, plan)  # compiled here, if at all: later calls find the code
-        return self._record(lambda tokens: forward(tokens, plan), plan.tokens)
+            forward(tokens, plan)  # compiled here, if at all: later calls find the code
+        return self._record(lambda tokens: forward(tokens, plan), tokens)

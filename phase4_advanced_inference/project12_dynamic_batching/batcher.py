@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from phase3_core_inference.project8_kv_cache.generation import Prefixes, as_lists, is_one
 from phase3_core_inference.project8_kv_cache.machine import Machine, Prompt
@@ -21,6 +22,7 @@ from phase3_core_inference.project8_kv_cache.texts import Generation, Piece, app
 from phase4_advanced_inference.project12_dynamic_batching.capacity import Capacity, Slots
 from phase4_advanced_inference.project12_dynamic_batching.request import Request
 from phase4_advanced_inference.project12_dynamic_batching.scheduler import Scheduler, Step
+from phase4_advanced_inference.project12_dynamic_batching.selective import selective_step
 
 
 class Batcher(Machine):
@@ -31,7 +33,7 @@ class Batcher(Machine):
         requests together, attention over each request's own keys ("selective batching").
     INTUITION: one kitchen, many tables; what is ready goes out, and a new order is taken at once.
     IMPLEMENTATION: `add` queues, `step` asks the scheduler for work, runs it, draws, and says what each token adds.
-        Tokens lie one after the other in one ragged row (project 8's plans), so mixing costs no padding.
+        Tokens lie one after the other in one ragged row, attention is grouped by their number (selective.py).
     WHY: the reference of project 13's Runner, which does the same over blocks, and one step ahead of the host.
 
     The model is put into eval mode. If a step fails, all requests are called off, and the error is raised.
@@ -101,13 +103,17 @@ class Batcher(Machine):
         if step is None:
             return []
         self.seat(step)
-        logits = self.decoder.step(step.work, step.tokens)
+        logits = self.forward(step)
         drawing = step.drawing
         if not drawing:
             return []
         rows, places = [r.row for r in drawing], [len(r.tokens) for r in drawing]
         drawn = self.sampler.draw(logits, rows, places)
         return [self.take(*each) for each in zip(drawing, drawn.tokens, drawn.logprobs)]
+
+    def forward(self, step: Step) -> Tensor:
+        """The model's part of a step: logits (n_wanted, V)."""
+        return selective_step(self.decoder, step.work, step.tokens)
 
     def seat(self, step: Step) -> None:
         """Tell the sampler who sits where."""
@@ -136,10 +142,10 @@ class Batcher(Machine):
         """
         if self.busy:
             raise ValueError("requests are being served: take their steps first, or use add and step for all")
-        encoded = [self.encode(prompt) for prompt in prompts]  # nothing is queued if one is refused
-        requests = [self.add(prompt, each) for prompt, each in zip(encoded, params)]
-        places = {request.index: place for place, request in enumerate(requests)}
-        try:
+        encoded = [self.encode(prompt) for prompt in prompts]
+        try:  # whatever happens, also if a later one is refused, nobody stays behind
+            requests = [self.add(prompt, each) for prompt, each in zip(encoded, params)]
+            places = {request.index: place for place, request in enumerate(requests)}
             while self.busy:
                 for piece in self.step():
                     yield Piece(places[piece.index], piece.text, piece.token, piece.finish_reason, piece.logprobs)

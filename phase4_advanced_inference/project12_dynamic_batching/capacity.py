@@ -14,7 +14,7 @@ from typing import Protocol
 
 from phase3_core_inference.project8_kv_cache.generation import Prefixes
 from phase3_core_inference.project8_kv_cache.kv_cache import KVCache
-from phase4_advanced_inference.project12_dynamic_batching.request import Request
+from phase4_advanced_inference.project12_dynamic_batching.request import ABORTED, Request
 
 
 class Capacity(Protocol):
@@ -89,8 +89,8 @@ class Slots:
         request.fed = 0
 
     def release(self, request: Request) -> None:
-        """Take the row; what was read stays with `prefixes`."""
-        if self.prefixes is not None:
+        """Take the row; what was read stays with `prefixes`, unless a step may have failed in between."""
+        if self.prefixes is not None and request.finish_reason != ABORTED:
             known = min(self.cache.lengths[request.row], len(request.tokens))
             self.prefixes.keep(self.cache, request.row, request.tokens[:known])
         self.cache.free(request.row)

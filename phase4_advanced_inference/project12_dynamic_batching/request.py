@@ -39,7 +39,8 @@ class Request(TextRequest):
         self.stale = 0  # tokens drawn behind one that had to be drawn again: they will be ignored
         self.whole = False  # it draws from all tokens: candidates were not enough
         self.draft: list[int] = []  # guesses that the next step is to check (project 11)
-        self.queued = 0  # the step in which it came into the queue
+        self.queued = self.waited = 0  # the step in which it came into the queue; steps that it waited there
+        self.level = priority  # with what waiting had brought when it was let in
         self.kept = None  # what a capacity remembers of it while it is preempted
 
     @property

@@ -24,6 +24,7 @@ from phase3_core_inference.project8_kv_cache.work import (
     Rounding,
     Work,
     check_work,
+    octaves,
     power_of_two,
     quarter_octaves,
 )
@@ -31,7 +32,28 @@ from phase4_advanced_inference.project13_paged_attention.block_allocator import 
 from phase4_advanced_inference.project13_paged_attention.paged_plan import PagedPlan
 from phase4_advanced_inference.project13_paged_attention.paged_store import PagedStore
 
+RECORDED = 2048  # tokens of a mixed step, up to which launching it takes longer than running it
+
 __all__ = ["BlockAllocator", "OutOfBlocks", "PagedCache", "Swapped"]
+
+
+def mixed_size(n: int) -> int:
+    """The number of tokens that a mixed step is filled up to: a power of two, or half way between two from 256 on.
+
+    >>> [mixed_size(n) for n in (3, 100, 300, 1100, 1600)]
+    [64, 128, 384, 1536, 2048]
+    """
+    whole = octaves(n)
+    return whole * 3 // 4 if whole > 256 and n <= whole * 3 // 4 else whole
+
+
+def mixed_sizes(most: int) -> list[int]:
+    """All sizes of mixed steps of at most so many tokens.
+
+    >>> mixed_sizes(700)
+    [64, 128, 256, 384, 512, 768]
+    """
+    return sorted({mixed_size(n) for n in range(1, most + 1)})
 
 
 @dataclass(eq=False)
@@ -62,7 +84,7 @@ class PagedCache:
         specs, n_rows, capacity, dtype, device: as of `ContiguousCache`; capacity: the most tokens of a row.
         n_blocks: of all rows together; None: enough for all rows to be full. page: tokens of a block, a power of two.
         store: the format; padded: round the number of rows up, for compiled models and CUDA graphs.
-        round_keys: not needed: kernels are told each row's length.
+        round_keys: how the number of rows is rounded then; keys need it not, as kernels are told each row's length.
 
     Raises ValueError for what cannot be, OutOfBlocks where memory ends (nothing is changed then).
     """
@@ -78,7 +100,7 @@ class PagedCache:
         page: int = 16,
         store: Callable[..., PagedStore] = PagedStore,
         padded: bool = False,
-        round_keys: Rounding | None = None,
+        round_keys: Rounding = quarter_octaves,
     ):
         block_size = min((spec.block_size for spec in specs if spec.block_size), default=capacity)
         if n_rows < 1 or not 1 <= capacity <= block_size:
@@ -87,7 +109,8 @@ class PagedCache:
         if page < 1 or page & (page - 1):
             raise ValueError(f"page={page} must be a power of two: 16 is a good choice")
         self.specs, self.page, self.device = list(specs), page, torch.device(device)
-        self.padded, self.n_most = padded, -(-capacity // page)  # blocks of the longest row
+        self.padded, self.round_rows = padded, round_keys
+        self.n_most = -(-capacity // page)  # blocks of the longest row
         self.allocator = BlockAllocator(n_rows * self.n_most if n_blocks is None else n_blocks)
         self.capacity = min(capacity, self.allocator.n_blocks * page)
         self.lengths = [0] * n_rows
@@ -239,21 +262,26 @@ class PagedCache:
             self.reserve(row, n)
 
     def _shape(self, layout: Layout) -> tuple[Shape, bool]:
-        """The sizes of a step, and whether every row has equally many new tokens."""
+        """The sizes of a step, and whether every row has equally many new tokens.
+
+        Where shapes must return, a mixed step is one of few: so many tokens in any rows, said by n_each = 0.
+        """
         n_tokens, n_wanted, n_rows = len(layout.positions), len(layout.wanted), len(layout.rows)
         n_each, all_wanted = int(layout.news.max()), n_wanted == n_tokens
         even = n_each <= SHORT and bool((layout.news == n_each).all())
-        if even and self.padded:
+        if not self.padded:
+            return Shape(n_tokens, n_wanted, n_rows, n_each, -(-int(layout.ends.max()) // self.page)), even
+        if even and all_wanted:
             n_rows = self.rows_of(n_rows)
-            n_tokens = n_rows * n_each
-            n_wanted = n_tokens if all_wanted else n_wanted
-        # Tables of full width where shapes must return, else as wide as the longest row.
-        width = self.n_most if self.padded else -(-int(layout.ends.max()) // self.page)
-        return Shape(n_tokens, n_wanted, n_rows, n_each, width), even
+            return Shape(n_rows * n_each, n_rows * n_each, n_rows, n_each, self.n_most), True
+        if n_tokens <= RECORDED and n_wanted <= len(self.lengths):
+            n_tokens = max(mixed_size(n_tokens), power_of_two(len(self.lengths) + 1))
+            return Shape(n_tokens, len(self.lengths), len(self.lengths), 0, self.n_most), False
+        return Shape(n_tokens, n_wanted, n_rows, n_each, self.n_most), False
 
     def rows_of(self, n: int) -> int:
         """The number of rows that n are filled up to: so few sizes that code can be recorded for each."""
-        return min(power_of_two(n) if n < 8 else quarter_octaves(n, 8), len(self.lengths))
+        return min(power_of_two(n) if n < 8 else self.round_rows(n, 8), len(self.lengths))
 
     def _find(self, shape: Shape, even: bool) -> PagedPlan:
         """The plan of this shape: the same one each time, unless it was not needed for long."""

@@ -18,10 +18,10 @@ from phase1_foundation.project3_pretrain.plans import LayerSpec
 from phase3_core_inference.project8_kv_cache.buffers import StepBuffers
 from phase3_core_inference.project8_kv_cache.cache_plan import Shape
 from phase3_core_inference.project8_kv_cache.work import SHORT, Layout
-from phase3_core_inference.project9_flash_attention.decoding import choose_splits
 from phase4_advanced_inference.project13_paged_attention.paged_attention import (
     paged_attention,
     queries_of_a_tile,
+    splits_of,
     tile_list,
 )
 from phase4_advanced_inference.project13_paged_attention.paged_store import PagedStore
@@ -64,23 +64,30 @@ class PagedPlan:
         self.tables = tables.view(R, M)
         self._sizes = [queries_of_a_tile(s.n_head, s.n_kv_head, s.head_size, s.value_size) for s in specs]
         keys = M * stores[0].page
-        self._splits = [choose_splits(R * spec.n_kv_head, keys, torch.device(device)) for spec in specs]
+        self._splits = [splits_of(R, spec.n_kv_head, keys, torch.device(device)) for spec in specs]
         self._tiles: dict[int, tuple[Tensor, Tensor] | None] = dict.fromkeys(self._sizes)
+        for size in self._tiles if not even else ():
+            self._tiles[size] = tuple(torch.zeros(2, N // size + R, dtype=torch.int32, device=device))
         self.n_tokens = self.n_wanted = 0
 
     @property
     def short(self) -> bool:
-        """Whether this is a step of decoding or verification, which is worth compiling or recording."""
+        """Whether this is a step of decoding or verification, which is worth compiling."""
         return self.even and self.shape.n_each <= SHORT and self.shape.n_wanted == self.shape.n_tokens
+
+    @property
+    def returns(self) -> bool:
+        """Whether steps of this shape will come often enough to be recorded."""
+        return self.short or (not self.even and self.shape.n_each == 0)
 
     def fill(self, layout: Layout, slots: np.ndarray, tables: np.ndarray, tokens: Sequence[int] | None) -> None:
         """Write where everything stands, and send it off: slots (N,), and tables (R, M) of the rows in the layout."""
         part, (N, _, R, T, M) = self.buffers.open(), self.shape
         n, r = len(layout.positions), len(layout.rows)
-        spare = self.stores[0].page * (len(self.stores[0].k) - 1)  # the first slot of the block for padding
+        spare = self.stores[0].n_blocks  # the block for padding
         self.n_tokens, self.n_wanted = n, len(layout.wanted)
         for name, values, padding in (("positions", layout.positions, 0), ("rows", layout.token_rows, 0),
-                                      ("slots", slots, spare), ("tokens", tokens, 0),
+                                      ("slots", slots, spare * self.stores[0].page), ("tokens", tokens, 0),
                                       ("wanted", layout.wanted, 0)):  # fmt: skip
             m = 0 if values is None else len(values)
             part[name][:m] = values if m else 0
@@ -88,13 +95,14 @@ class PagedPlan:
         begins, ends, places = np.split(part["places"], [R + 1, R + 1 + R])
         begins[: r + 1] = np.concatenate(([0], layout.news.cumsum()))
         begins[r + 1 :] = n
-        ends[:r], ends[r:] = layout.ends, T  # padding rows read the block for padding
+        ends[:r], ends[r:] = layout.ends, max(T, 1)  # padding rows read the block for padding
         places = places.reshape(R, M)
-        places[:r, : tables.shape[1]], places[r:] = tables, len(self.stores[0].k) - 1
+        places[:r, : tables.shape[1]], places[r:] = tables, spare
         self.buffers.send()
         self._narrow.copy_(self._places)
-        if not self.even:
-            self._tiles = {size: tile_list(self.begins, N, size) for size in self._tiles}
+        for size, kept in self._tiles.items() if not self.even else ():
+            for old, new in zip(kept, tile_list(self.begins, N, size)):
+                old.copy_(new)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write k (N, Hkv, D) and v (N, Hkv, Dv), then let q (N, H, D) read what there is: (N, H, Dv)."""

@@ -26,19 +26,30 @@ class PagedStore:
     """
 
     def __init__(self, spec: LayerSpec, n_blocks: int, page: int, dtype: torch.dtype, device):
-        self.page, self.dtype = page, dtype
-        shape = (n_blocks + 1, page, spec.n_kv_head)
-        self.k = torch.zeros(*shape, spec.head_size, dtype=dtype, device=device)
-        self.v = torch.zeros(*shape, spec.value_size, dtype=dtype, device=device)
+        self.page, self.dtype, self.n_blocks = page, dtype, n_blocks
+        shape = ((n_blocks + 1) * page, spec.n_kv_head)
+        self.keys = torch.zeros(*shape, spec.head_size, dtype=dtype, device=device)  # (slots, Hkv, D)
+        self.values = torch.zeros(*shape, spec.value_size, dtype=dtype, device=device)
+
+    @property
+    def k(self) -> Tensor:
+        """The keys in blocks: (blocks + 1, page, Hkv, D), a view."""
+        return self.keys.unflatten(0, (-1, self.page))
+
+    @property
+    def v(self) -> Tensor:
+        """The values in blocks: (blocks + 1, page, Hkv, Dv), a view."""
+        return self.values.unflatten(0, (-1, self.page))
 
     def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Put k (N, Hkv, D) and v (N, Hkv, Dv) at slots (N,)."""
-        self.k.flatten(0, 1)[slots] = k.detach().to(self.dtype)
-        self.v.flatten(0, 1)[slots] = v.detach().to(self.dtype)
+        # Into the tensor itself: a compiler that writes through a view copies the whole of it first.
+        self.keys[slots] = k.detach().to(self.dtype)
+        self.values[slots] = v.detach().to(self.dtype)
 
     def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """What lies at these slots, copied: keys (n, Hkv, D) and values (n, Hkv, Dv), as `write` takes them."""
-        return self.k.flatten(0, 1)[slots], self.v.flatten(0, 1)[slots]
+        return self.keys[slots], self.values[slots]
 
     def take(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Whole blocks, copied: keys (n, page, Hkv, D) and values (n, page, Hkv, Dv)."""
@@ -51,4 +62,4 @@ class PagedStore:
     @property
     def nbytes(self) -> int:
         """Memory taken, without the block for padding."""
-        return (self.k.nbytes + self.v.nbytes) * (len(self.k) - 1) // len(self.k)
+        return (self.keys.nbytes + self.values.nbytes) // (self.n_blocks + 1) * self.n_blocks

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from phase3_core_inference.project8_kv_cache.decoder import FastDecoder
 from phase3_core_inference.project8_kv_cache.sampling import told
 from phase3_core_inference.project8_kv_cache.sampling_params import SamplingParams
 from phase3_core_inference.project8_kv_cache.stores import bytes_per_token
@@ -28,7 +29,7 @@ from phase4_advanced_inference.project12_dynamic_batching.batcher import Batcher
 from phase4_advanced_inference.project12_dynamic_batching.request import Request
 from phase4_advanced_inference.project12_dynamic_batching.scheduler import Step
 from phase4_advanced_inference.project13_paged_attention.block_capacity import Blocks
-from phase4_advanced_inference.project13_paged_attention.paged_cache import PagedCache
+from phase4_advanced_inference.project13_paged_attention.paged_cache import RECORDED, PagedCache, mixed_sizes
 
 
 @dataclass
@@ -96,6 +97,10 @@ class Runner(Batcher):
         self.last = step = self.scheduler.next_step()
         landing, self._flight = self._flight, self._launch(step) if step else None
         return self._land(landing) if landing else []
+
+    def forward(self, step: Step) -> Tensor:
+        """The model's part of a step: logits (n_wanted, V). Blocks need no grid, so one plan does for any mix."""
+        return self.decoder.step(step.work, step.tokens)
 
     # -- one step ahead
 
@@ -181,7 +186,7 @@ class Runner(Batcher):
         if step is None:
             return []
         self.seat(step)
-        logits = self.decoder.step(step.work, step.tokens)
+        logits = self.forward(step)
         seated = [(request.row, request) for request in step.drawing]
         wanted = [n_wanted for _, _, n_wanted in step.work if n_wanted]
         drafts = [request.draft[: n - 1] for request, n in zip(step.drawing, wanted)]
@@ -233,18 +238,27 @@ class Runner(Batcher):
         self.blocks.clear()
 
     def warm_up(self) -> None:
-        """Compile and record all decode steps before the first request comes; raises ValueError while one is served."""
+        """Compile and record all steps whose shapes return, before the first request comes; where none are, nothing.
+
+        Raises ValueError while a request is served.
+        """
         if self.busy:
             raise ValueError("requests are being served: warm up before the first of them")
-        done = set()
-        for n in range(1, self.n_rows + 1):
-            if self.cache.rows_of(n) in done or self.cache.allocator.n_free < n:
-                continue
-            done.add(self.cache.rows_of(n))
-            plan = self.cache.plan([(row, 1, 1) for row in range(n)], [0] * n)
-            self.decoder.run(plan, plan.tokens)
-            for row in range(n):
-                self.cache.free(row)
+        sizes = {self.cache.rows_of(n): n for n in range(1, self.n_rows + 1)}
+        works = [[(row, 1, 1) for row in range(n)] for n in sizes.values()]
+        works += [self._mixed_work(n) for n in mixed_sizes(min(self.scheduler.max_tokens, RECORDED))]
+        for work in works if isinstance(self.decoder, FastDecoder) else ():
+            if sum(self.cache.missing(row, n) for row, n, _ in work) <= self.cache.allocator.n_free:
+                plan = self.cache.plan(work, [0] * sum(n for _, n, _ in work))
+                self.decoder.run(plan, plan.tokens)
+                for row, _, _ in work:
+                    self.cache.free(row)
+
+    def _mixed_work(self, n: int) -> list[tuple[int, int, int]]:
+        """So many tokens of prompts, as many as a row takes in each."""
+        most = self.cache.capacity
+        parts = [most] * (n // most) + [n % most] * (n % most > 0)
+        return [(row, part, 1) for row, part in enumerate(parts[: self.n_rows])]
 
 
 def _odds_of(drawing: list[Request], ready: list[Request], odds: Tensor | None) -> Tensor | None:
