@@ -403,7 +403,9 @@ def measure_first_token(report, s, device):
     """The time to the first token of a long prompt whose beginning lies in blocks already, which are shared."""
     model, n, draw = model_of(s, device, s.LONG_PROMPT + 64), s.LONG_PROMPT, random.Random(s.SEED)
     vocab_size = model.config.vocab_size
-    memory = 8 * (n + 64) * bytes_per_token(model.specs, next(model.parameters()).dtype)  # what is asked for once, stays
+    memory = (
+        8 * (n + 64) * bytes_per_token(model.specs, next(model.parameters()).dtype)
+    )  # what is asked for once, stays
     runner = runner_of(s, model, n_rows=2, capacity=n + 64, max_tokens=n, memory=memory)
     prefix = [draw.randrange(vocab_size) for _ in range(n)]
     serve(runner, [(prefix, 1)])
