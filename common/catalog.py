@@ -45,6 +45,7 @@ GROUPS = {
         "contiguous": "phase3_core_inference.project8_kv_cache.kv_cache:ContiguousCache",
         "sliding": "phase3_core_inference.project8_kv_cache.sliding_cache:SlidingCache",
         "flash": "phase3_core_inference.project9_flash_attention.cached_attention:flash_cache",
+        "paged": "phase4_advanced_inference.project13_paged_attention.paged_cache:PagedCache",
     },
     # who guesses tokens for speculation: f(...) -> Draft; "model" needs one, see project 11's draft_of
     "drafts": {

@@ -21,7 +21,7 @@ from phase1_foundation.project3_pretrain.plans import LayerSpec
 from phase3_core_inference.project8_kv_cache.attention import CacheKernel
 from phase3_core_inference.project8_kv_cache.buffers import StepBuffers
 from phase3_core_inference.project8_kv_cache.stores import Store
-from phase3_core_inference.project8_kv_cache.work import Layout
+from phase3_core_inference.project8_kv_cache.work import SHORT, Layout
 
 
 class Shape(NamedTuple):
@@ -93,6 +93,16 @@ class CachePlan:
         self.bias = [torch.empty(R, T, n, dtype=dtype, device=device) for n in self.keys]
         self._seen, self._unseen = (torch.tensor(x, dtype=dtype, device=device) for x in (0.0, -torch.inf))
         self._places = torch.arange(max(self.keys), device=device)
+
+    @property
+    def short(self) -> bool:
+        """Whether this is a step of decoding or verification, which is worth compiling."""
+        return self.shape.n_each <= SHORT and self.shape.n_wanted == self.shape.n_tokens
+
+    @property
+    def returns(self) -> bool:
+        """Whether steps of this shape will come often enough to be recorded."""
+        return self.short
 
     def fill(self, layout: Layout, tokens: Sequence[int] | None) -> None:
         """Write where everything stands, and send it off."""
@@ -214,8 +224,17 @@ class PromptPlan(CachePlan):
     def _prepare_masks(self, dtype: torch.dtype, device) -> None:
         self.bias = [causal_lower_right(self.shape.n_each, self.shape.n_keys)]
 
+    def fill(self, layout: Layout, tokens: Sequence[int] | None) -> None:
+        """Write where everything stands, and send it off."""
+        super().fill(layout, tokens)
+        self._row = int(layout.rows[0])
+
     def _see(self) -> None:
         """It is seen from the sizes alone."""
+
+    def _read(self, store: Store, n_keys: int) -> tuple[Tensor, Tensor]:
+        keys, values = store.first(self._row + 1, n_keys)
+        return keys[self._row :], values[self._row :]
 
     def _to_grid(self, q: Tensor) -> Tensor:
         return q.unsqueeze(0)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.graphs import capture
 from phase3_core_inference.project8_kv_cache.kv_cache import KVCache
-from phase3_core_inference.project8_kv_cache.work import SHORT, Work
+from phase3_core_inference.project8_kv_cache.work import Work
 
 SHAPES = 64  # of decode steps, for each of which code may be compiled
 
@@ -36,7 +36,6 @@ class Decoder:
     def __init__(self, model, cache: KVCache):
         self.model, self.cache = model, cache
 
-    @torch.no_grad()
     def step(self, work: Work, tokens: Sequence[int]) -> Tensor:
         """Take one step with these tokens, in the order of the work: logits (n_wanted, V).
 
@@ -45,6 +44,7 @@ class Decoder:
         plan = self.cache.plan(work, tokens)
         return self.run(plan, plan.tokens)[: plan.n_wanted]
 
+    @torch.no_grad()
     def run(self, plan, tokens: Tensor) -> Tensor:
         """One forward of this plan: logits, padded as it is."""
         return self.model.forward(tokens, plan)
@@ -75,19 +75,19 @@ class FastDecoder(Decoder):
         self._record = capture if graphs else lambda function, *example: function
         self._steps: dict = {}  # plan -> what runs it
 
+    @torch.no_grad()
     def run(self, plan, tokens: Tensor) -> Tensor:
-        """One forward of this plan, compiled or replayed if it is a short one: logits, padded as it is."""
-        shape = plan.shape
-        if shape.n_each > SHORT or shape.n_wanted < shape.n_tokens:  # neither decode nor verification
+        """One forward of this plan, compiled or replayed if its shape will return: logits, padded as it is."""
+        if not plan.returns:
             return super().run(plan, tokens)
         if plan not in self._steps:
             self._steps = {old: run for old, run in self._steps.items() if self.cache.keeps(old)}
-            self._steps[plan] = self._first(plan)
+            self._steps[plan] = self._first(plan, tokens)
         return self._steps[plan](tokens)
 
-    def _first(self, plan) -> Callable[[Tensor], Tensor]:
+    def _first(self, plan, tokens: Tensor) -> Callable[[Tensor], Tensor]:
         """What runs steps of this plan from now on."""
-        forward = self._forward
+        forward = self._forward if plan.short else self.model.forward
         with torch._dynamo.config.patch(recompile_limit=SHAPES):
-            forward(plan.tokens, plan)  # compiled here, if at all: later calls find the code
-        return self._record(lambda tokens: forward(tokens, plan), plan.tokens)
+            forward(tokens, plan)  # compiled here, if at all: later calls find the code
+        return self._record(lambda tokens: forward(tokens, plan), tokens)

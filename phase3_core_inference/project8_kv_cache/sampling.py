@@ -144,13 +144,13 @@ class Sampler:
             return logits.argmax(-1)
         cuts, V = any(self.params[row].cuts for row in rows), self.vocab_size
         whole = [i for i, row in enumerate(rows) if row in self._whole] if cuts and V > CANDIDATES else []
-        keys = self._to_device(keys_at(self._stems[list(rows)], np.array(positions))).unsqueeze(-1)  # (R, 1)
+        keys = self.to_device(keys_at(self._stems[list(rows)], np.array(positions))).unsqueeze(-1)  # (R, 1)
         limits = self.limits[self.index(rows)]
         if len(whole) == len(rows):
             return self.among(V, cuts, logits, limits, keys)
         tokens = self.among(CANDIDATES if cuts and V > CANDIDATES else V, cuts, logits, limits, keys)
         if whole:
-            some = self._to_device(np.array(whole))
+            some = self.to_device(np.array(whole))
             drawn = self.among(V, cuts, logits[some], limits[some], keys[some])
             tokens = tokens.clone().index_copy_(0, some, drawn)
         return tokens
@@ -159,16 +159,16 @@ class Sampler:
         """Let the penalty see tokens that became part of these texts; -1 is none."""
         if self.seen is None:
             return
-        tokens = tokens if isinstance(tokens, Tensor) else self._to_device(np.array(tokens))
-        known, place = tokens >= 0, (self._to_device(np.array(rows)), tokens.clamp(min=0))
+        tokens = tokens if isinstance(tokens, Tensor) else self.to_device(np.array(tokens))
+        known, place = tokens >= 0, (self.to_device(np.array(rows)), tokens.clamp(min=0))
         self.seen.index_put_(place, self.seen[place] | known)
 
     def index(self, rows: Sequence[int]) -> slice | Tensor:
         """What picks the columns of these rows."""
         everyone = list(rows) == list(range(len(self.params)))
-        return slice(None) if everyone else self._to_device(np.array(rows))
+        return slice(None) if everyone else self.to_device(np.array(rows))
 
-    def _to_device(self, numbers: np.ndarray) -> Tensor:
+    def to_device(self, numbers: np.ndarray) -> Tensor:
         """Whole numbers on the device, without waiting for it."""
         tensor = torch.from_numpy(numbers)
         if self.device.type == "cuda":
@@ -177,26 +177,26 @@ class Sampler:
 
     def logprobs(self, logits: Tensor, tokens: Sequence[int], rows: Sequence[int]) -> list[Logprobs | None]:
         """What these rows want to know of their tokens, from logits (R, V) before the penalty."""
-        measured = self.measure(logits, self._to_device(np.array(tokens)), rows)
-        return self.told(measured and [x.cpu() for x in measured], rows)
-
-    def measure(self, logits: Tensor, tokens: Tensor, rows: Sequence[int]) -> list[Tensor] | None:
-        """On the device: log-probabilities of tokens (R,), the likeliest tokens (R, n) and theirs; None: not wanted."""
         wanted = [self.params[row].logprobs for row in rows]
+        measured = self.measure(logits, self.to_device(np.array(tokens)), wanted)
+        return told(measured and [x.cpu() for x in measured], wanted)
+
+    def measure(self, logits: Tensor, tokens: Tensor, wanted: Sequence[int | None]) -> list[Tensor] | None:
+        """On the device: log-probabilities of tokens (R,), the likeliest tokens (R, n) and theirs; None: not wanted."""
         if all(n is None for n in wanted):
             return None
         logprobs = logits.log_softmax(-1)
         top = logprobs.topk(min(max(n or 0 for n in wanted), self.vocab_size), dim=-1)
         return [logprobs.gather(-1, tokens.clamp(min=0).unsqueeze(-1)).squeeze(-1), top.indices, top.values]
 
-    def told(self, measured: Sequence[Tensor] | None, rows: Sequence[int]) -> list[Logprobs | None]:
-        """What `measure` found, once it is on the host."""
-        if measured is None:
-            return [None] * len(rows)
-        chosen, ids, values = (x.tolist() for x in measured)
-        pairs = [list(zip(*best)) for best in zip(ids, values)]
-        wanted = [self.params[row].logprobs for row in rows]
-        return [None if n is None else Logprobs(own, best[:n]) for n, own, best in zip(wanted, chosen, pairs)]
+
+def told(measured: Sequence[Tensor] | None, wanted: Sequence[int | None]) -> list[Logprobs | None]:
+    """What `Sampler.measure` found, once it is on the host; `wanted`: each request's `logprobs`."""
+    if measured is None:
+        return [None] * len(wanted)
+    chosen, ids, values = (x.tolist() for x in measured)
+    pairs = [list(zip(*best)) for best in zip(ids, values)]
+    return [None if n is None else Logprobs(own, best[:n]) for n, own, best in zip(wanted, chosen, pairs)]
 
 
 _NOBODY = SamplingParams(temperature=0.0)  # of a row that nobody has

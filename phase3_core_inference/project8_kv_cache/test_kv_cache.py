@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from phase1_foundation.project3_pretrain.layers import Attention
 from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
 from phase3_core_inference.project8_kv_cache.attention import KERNELS, by_length, by_sdpa
-from phase3_core_inference.project8_kv_cache.cache_plan import AlignedPlan, CachePlan, SpreadPlan
+from phase3_core_inference.project8_kv_cache.cache_plan import AlignedPlan, CachePlan, PromptPlan, SpreadPlan
 from phase3_core_inference.project8_kv_cache.kv_cache import ContiguousCache, bytes_per_token
 from phase3_core_inference.project8_kv_cache.reference import GrowingCache
 from phase3_core_inference.project8_kv_cache.sliding_cache import SlidingCache
@@ -205,6 +205,21 @@ def test_plans_by_the_shape_of_the_work():
         ([(1, 20, 0)], CachePlan),
     ):
         assert type(cache.plan(work)) is kind, work
+
+
+@pytest.mark.parametrize("name", ["gpt2", "grouped", "one head"])
+def test_a_long_chunk_of_one_row_needs_no_mask(name):
+    model, tokens = MODELS[name], torch.randint(V, (LONG,))
+    cache = ContiguousCache(model.specs, 3, LONG)
+    cache._unmasked = True  # as on a GPU
+    exact, got = model(tokens), []
+    for n in (20, 1, 27):  # the first one begins a row, the last one goes on behind 21 tokens; both exceed SHORT
+        plan = cache.plan([(2, n, n)], tokens[cache.lengths[2] :][:n].tolist())
+        assert (type(plan) is PromptPlan) == (n > 1)
+        got.append(model(plan.tokens, plan))
+    assert torch.allclose(torch.cat(got), exact, atol=1e-4)
+    windows = ContiguousCache(MODELS["windows"].specs, 1, LONG, device="cpu")
+    assert not windows._unmasked and type(windows.plan([(0, 20, 0)])) is not PromptPlan
 
 
 def test_a_shape_that_returns_gets_the_same_plan():

@@ -259,6 +259,36 @@ def test_values_that_make_no_distribution_are_refused(arguments, said):
     assert SamplingParams(stop="###").stop == ("###",)
 
 
+def test_a_row_can_be_given_to_another_request():
+    logits, others = draw_logits(5), draw_logits(5, seed=1)
+    sampler = Sampler.of(MIX, range(5), PROMPTS, V, "cpu")
+    sampler.draw(others, range(5), [3] * 5)
+    for row in (3, 1):
+        sampler.put(row, MIX[4 - row], 70 + row, PROMPTS[4 - row])
+    fresh = Sampler.of([MIX[0], MIX[3], MIX[2], MIX[1], MIX[4]], [0, 71, 2, 73, 4],
+                       [PROMPTS[i] for i in (0, 3, 2, 1, 4)], V, "cpu")  # fmt: skip
+    for row in (0, 2, 4):  # what these drew counts for their penalties
+        if fresh.seen is not None:
+            fresh.seen[row] |= sampler.seen[row]
+    assert sampler.draw(logits, range(5), [9] * 5).tokens == fresh.draw(logits, range(5), [9] * 5).tokens
+
+
+def test_launching_says_where_candidates_were_not_enough():
+    """Flat logits with top-p 0.9: candidates hold half of the odds, so the row is drawn from all, now and later."""
+    flat, narrow = torch.zeros(2048), torch.zeros(2048)
+    narrow[:3] = 50.0
+    logits = torch.stack((flat, narrow))
+    sampler = Sampler.of([SamplingParams(top_p=0.9)] * 2, [5, 6], [[1]] * 2, 2048, "cpu")
+    first = sampler.launch(logits, [0, 1], [7, 7])
+    assert first[0] == -1 and 0 <= first[1] < 3
+    chosen = sampler.choose(logits, [0, 1], [7, 7])
+    assert chosen[0] >= 0 and chosen[1] == first[1]
+    assert sampler.launch(logits, [0, 1], [7, 7]).tolist() == chosen  # from now on from all at once
+    sampler.remember([0], torch.tensor([-1]))  # nothing
+    sampler.put(0, SamplingParams(top_p=0.9), 5, [1])
+    assert sampler.launch(logits, [0, 1], [7, 7])[0] == -1
+
+
 if __name__ == "__main__":
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     for params in (

@@ -46,7 +46,7 @@ class Layout:
         ([4, 5, 6, 7], [2, 2, 2, 0], [2, 3])
         """
         rows, news, wants = np.array(work, dtype=np.int64).T
-        starts = np.array([lengths[row] for row in rows], dtype=np.int64)
+        starts = np.array(lengths, dtype=np.int64)[rows]
         order = np.arange(len(rows)).repeat(news)
         offsets = np.arange(len(order)) - (news.cumsum() - news)[order]
         wanted = (offsets >= (news - wants)[order]).nonzero()[0]
@@ -57,6 +57,8 @@ def check_work(work: Work, lengths: Sequence[int], capacity: int) -> None:
     """Raise ValueError for work that cannot be done; nothing has been changed then."""
     if not work:
         raise ValueError("work=[] has nothing to do: give (row, n_new, n_wanted) for at least one row")
+    if _is_sound(work, lengths, capacity):
+        return
     seen = set()
     for row, n_new, n_wanted in work:
         if not 0 <= row < len(lengths):
@@ -73,6 +75,15 @@ def check_work(work: Work, lengths: Sequence[int], capacity: int) -> None:
                 f"(free the row), or build the cache with more capacity, up to the model's block_size"
             )
         seen.add(row)
+
+
+def _is_sound(work: Work, lengths: Sequence[int], capacity: int) -> bool:
+    """The same in a few operations for all rows; which of them is wrong, the loop tells."""
+    rows, news, wants = np.array(work, dtype=np.int64).T
+    if rows.min() < 0 or rows.max() >= len(lengths) or np.bincount(rows).max() > 1:
+        return False
+    ends = np.array(lengths)[rows] + news
+    return bool((news >= 1).all() and (wants >= 0).all() and (wants <= news).all() and (ends <= capacity).all())
 
 
 def power_of_two(n: int) -> int:

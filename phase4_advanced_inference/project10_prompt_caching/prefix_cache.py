@@ -138,13 +138,16 @@ class RadixCache:
         self.statistics, self.nbytes, self.n_tokens = Statistics(), 0, 0
         self._clock = itertools.count(1)
 
-    def match(self, tokens: Sequence[int]) -> Match:
+    def match(self, tokens: Sequence[int], counted: bool = True) -> Match:
         """The longest known beginning, in whole pages; hold it as long as its spans are used.
 
-        A model needs at least one token to go on from: pass all but the last.
+        A model needs at least one token to go on from: pass all but the last. Who only wants to look asks for a match
+        that is not `counted`, and does not make it look used.
         """
         tokens = tuple(tokens)
         node, n, parts = self._walk(tokens)
+        if not counted:
+            return Match(n, parts, node)
         now = next(self._clock)
         for each in node.path():
             each.touched = now

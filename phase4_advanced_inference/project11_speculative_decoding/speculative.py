@@ -11,6 +11,10 @@ Each component is explained with paper references for educational purposes.
 
 from collections.abc import Iterator, Sequence
 
+import torch
+from torch import Tensor
+
+from phase3_core_inference.project8_kv_cache.decoder import FastDecoder
 from phase3_core_inference.project8_kv_cache.generation import (
     Generation,
     Piece,
@@ -22,9 +26,9 @@ from phase3_core_inference.project8_kv_cache.generation import (
     prepare,
 )
 from phase3_core_inference.project8_kv_cache.texts import TextRequest
-from phase4_advanced_inference.project11_speculative_decoding.drafts import Ask, Draft, NGramDraft, Proposal
-from phase4_advanced_inference.project11_speculative_decoding.formulas import Tally
-from phase4_advanced_inference.project11_speculative_decoding.rules import RULES, CoupledRule, Recorder
+from phase4_advanced_inference.project11_speculative_decoding.drafts import Draft
+from phase4_advanced_inference.project11_speculative_decoding.rules import CoupledRule
+from phase4_advanced_inference.project11_speculative_decoding.speculation import Speculation
 
 __all__ = ["SpeculativeWriter", "speculative_generate"]
 
@@ -42,88 +46,67 @@ class SpeculativeWriter(Writer):
     WHY: at small batches a step waits for the weights, and then k + 1 tokens cost what one costs.
 
     Args:
-        model, tokenizer, and further options: as of `Writer`.
-        draft: a `Draft`, which serves this writer alone; None: `NGramDraft()`.
-        k: the most tokens of a draft; rule: "rejection" (the papers'), or "coupled" (the text of plain decoding).
-
-    `tally` counts what came of the drafts. Raises ValueError for a k or a rule that cannot be.
+        model, tokenizer, and further options: as of `Writer`; draft, k, rule: as of `Speculation`.
     """
 
     def __init__(self, model, tokenizer, draft: Draft | None = None, k: int = 4, rule: str = "rejection", **options):
         super().__init__(model, tokenizer, **options)
-        if rule not in RULES:
-            raise ValueError(f"rule={rule!r} is unknown: use one of {', '.join(RULES)}")
-        if not 1 <= k < self.cache.step_limit:
-            raise ValueError(f"k={k} must be at least 1, and k + 1 at most what the cache takes in one step "
-                             f"({self.cache.step_limit})")  # fmt: skip
-        self.draft = NGramDraft() if draft is None else draft
-        self.k, self.rule, self.tally = k, RULES[rule], Tally()
-        self.recorder = Recorder(options.get("graphs", False))
-        self.draft.prepare(len(self.cache.lengths), self.room, self.vocab_size())
+        self.speculation = Speculation(draft, k, rule, graphs=options.get("graphs", False))
+        self.speculation.prepare(len(self.cache.lengths), self.room, self.vocab_size(), self.cache.step_limit)
+        self._even = isinstance(self.decoder, FastDecoder)
+
+    @property
+    def tally(self):
+        """Counts of what came of the drafts."""
+        return self.speculation.tally
 
     def free(self, row: int) -> None:
         """Forget a row, here and in the draft."""
         super().free(row)
-        self.draft.free(row)
+        self.speculation.draft.free(row)
 
     def steps(self, requests: list[TextRequest], held: set[int]) -> Iterator[Piece]:
         """From prefill to the last request's end."""
         sampler = self.sampler(requests)
-        rule = self.rule(sampler, self.k, self.recorder)
+        rule = self.speculation.rule(sampler)
         while rows := [row for row, request in enumerate(requests) if request.finish_reason is None]:
             if any(requests[row].reading for row in rows):
                 work, tokens = self.next_work(rows, requests)
                 yield from self.draw_all(self.decoder.step(work, tokens), work, requests, sampler, held)
             else:
-                yield from self._speculate(rows, requests, rule, held)
+                yield from self._speculate([(row, requests[row]) for row in rows], rule, held)
 
-    def _speculate(self, rows: list[int], requests: list[TextRequest], rule: CoupledRule, held) -> Iterator[Piece]:
+    def _speculate(self, seated: list[tuple[int, TextRequest]], rule: CoupledRule, held) -> Iterator[Piece]:
         """One step of the target for all rows: draft, check, keep."""
-        asks = []
-        for row in rows:  # a step brings one token more than was drafted: none must exceed the limit
-            request = requests[row]
-            asks.append(Ask(row, request.tokens, min(self.k, request.limit - len(request.tokens) - 1)))
-        proposal = self.draft.propose(asks, rule.draft)
-        self._check(asks, proposal)
-        work = [(ask.row, 1 + len(draft), 1 + len(draft)) for ask, draft in zip(asks, proposal.tokens)]
-        fed = [token for ask, draft in zip(asks, proposal.tokens) for token in (ask.tokens[-1], *draft)]
-        logits = self.decoder.step(work, fed)
-        verdicts = rule.judge(logits, rows, [len(ask.tokens) for ask in asks], proposal.tokens, proposal.odds)
-        self.tally.calls += 1
-        bursts = [[*draft[:kept], token] for draft, (kept, token) in zip(proposal.tokens, verdicts)]
-        logprobs = iter(self._logprobs(rule.sampler, logits, rows, work, bursts))
-        for row, draft, burst in zip(rows, proposal.tokens, bursts):
-            requests[row].fed += len(burst)
-            self.cache.truncate(row, requests[row].fed)  # forget what was rejected
-            self.tally.add(len(draft), len(burst) - 1)
-            rule.sampler.remember([row] * len(burst), burst)
-        for row, burst in zip(rows, bursts):
-            known = [next(logprobs) for _ in burst]
-            for token, logprob in zip(burst, known):
-                piece = self.take(row, requests[row], token, logprob, held)
+        proposal = self.speculation.propose(seated, rule)
+        logits = self._check([(row, r.tokens[-1]) for row, r in seated], proposal.tokens)
+        bursts = self.speculation.settle(rule, logits, seated, proposal.tokens, proposal.odds)
+        for (row, request), burst in zip(seated, bursts):
+            request.fed += len(burst)
+            self.cache.truncate(row, request.fed)  # forget what was rejected
+        for (row, request), burst in zip(seated, bursts):
+            for token, logprobs in burst:
+                piece = self.take(row, request, token, logprobs, held)
                 yield piece
                 if piece.finish_reason:  # what was kept behind the end is no part of the text
                     break
 
-    def _check(self, asks: Sequence[Ask], proposal: Proposal) -> None:
-        """Refuse what a draft must not propose."""
-        if len(proposal.tokens) != len(asks):
-            raise ValueError(f"the draft answered {len(proposal.tokens)} of {len(asks)} rows: give a list for each")
-        for ask, draft in zip(asks, proposal.tokens):
-            if len(draft) > max(ask.most, 0):
-                raise ValueError(f"the draft proposed {len(draft)} tokens for row {ask.row}: at most {ask.most} fit")
-            if not all(0 <= token < self.vocab_size() for token in draft):
-                raise ValueError(f"the draft proposed {draft}, of which some are no tokens: ids go from 0 to "
-                                 f"{self.vocab_size() - 1}")  # fmt: skip
+    def _check(self, newest: list[tuple[int, int]], drafts: list[list[int]]) -> Tensor:
+        """Logits behind the newest token of each row and behind each token of its draft.
 
-    def _logprobs(self, sampler, logits, rows, work, bursts) -> list:
-        """What was asked to be known of each token that stays."""
-        flat = [row for row, burst in zip(rows, bursts) for _ in burst]
-        if all(sampler.params[row].logprobs is None for row in rows):
-            return [None] * len(flat)
-        starts = [sum(n for _, n, _ in work[:i]) for i in range(len(work))]
-        places = [start + j for start, burst in zip(starts, bursts) for j in range(len(burst))]
-        return sampler.logprobs(sampler.known(logits[places]), [t for burst in bursts for t in burst], flat)
+        Drafts of unequal length are filled up where steps are compiled or recorded, if there is room: what is read
+        behind a draft changes nothing before it, and is forgotten with what was rejected.
+        """
+        width = self.speculation.k if any(drafts) else 0
+        room = all(self.cache.lengths[row] + 1 + width <= self.cache.capacity for row, _ in newest)
+        fill = self._even and room and any(len(draft) != width for draft in drafts)
+        read = [[token, *draft, *[token] * (fill * (width - len(draft)))] for (_, token), draft in zip(newest, drafts)]
+        work = [(row, len(part), len(part)) for (row, _), part in zip(newest, read)]
+        logits = self.decoder.step(work, [token for part in read for token in part])
+        if not fill:
+            return logits
+        real = [i * (1 + width) + j for i, draft in enumerate(drafts) for j in range(1 + len(draft))]
+        return logits[torch.tensor(real, device=logits.device)]
 
 
 def speculative_generate(

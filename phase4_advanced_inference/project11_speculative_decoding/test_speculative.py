@@ -170,7 +170,7 @@ def test_a_writer_serves_again_and_forgets_what_was_broken_off(model):
     with pytest.raises(ValueError, match="another stream of this Writer is not finished"):
         next(writer.stream(["a"], [GREEDY]))
     pieces.close()
-    assert writer.cache.lengths == writer.draft.cache.lengths == [0, 0] and model.training
+    assert writer.cache.lengths == writer.speculation.draft.cache.lengths == [0, 0] and model.training
     model.eval()
     tokens = [piece.token for piece in writer.stream(PROMPTS[2:], [GREEDY] * 2) if piece.index == 1]
     assert tokens == generate(model, TOKENIZER, PROMPTS[3], GREEDY).tokens

@@ -71,11 +71,13 @@ class Batcher(Machine):
         self, prompt: Prompt, params: SamplingParams | None = None, priority: int = 0, user: str = ""
     ) -> Request:  # fmt: skip
         """Let a request queue up; raises ValueError for one that cannot be served."""
-        tokens = self.encode(prompt)
-        number = next(self._numbers)
-        request = Request(number, tokens, params or SamplingParams(), self.tokenizer, self.room, priority, user)
+        request = self.make_request(self.encode(prompt), params or SamplingParams(), priority, user)
         self.scheduler.add(request)
         return request
+
+    def make_request(self, tokens: list[int], params: SamplingParams, priority: int = 0, user: str = "") -> Request:
+        """A request with the next number."""
+        return Request(next(self._numbers), tokens, params, self.tokenizer, self.room, priority, user)
 
     def abort(self, request: Request) -> None:
         """Call a request off; its memory is free at once, and nothing more is said of it."""
@@ -113,6 +115,8 @@ class Batcher(Machine):
         for request in step.admitted:
             if request.row is not None:  # not preempted again in the same step
                 self.sampler.put(request.row, request.params, request.seed, request.tokens)
+                if request.whole:
+                    self.sampler.draw_from_all([request.row])
 
     def take(self, request: Request, token: int, logprobs: Logprobs | None) -> Piece:
         """Add a token to a text; where it ends, its memory is free."""

@@ -36,6 +36,8 @@ class Request(TextRequest):
         self.n_prompt = len(self.tokens)
         self.row: int | None = None  # of the cache
         self.pending = 0
+        self.stale = 0  # tokens drawn behind one that had to be drawn again: they will be ignored
+        self.whole = False  # it draws from all tokens: candidates were not enough
         self.draft: list[int] = []  # guesses that the next step is to check (project 11)
         self.queued = self.waited = 0  # the step in which it came into the queue; steps that it waited there
         self.level = priority  # with what waiting had brought when it was let in
@@ -59,6 +61,8 @@ class Request(TextRequest):
     def next_tokens(self, n: int) -> list[int]:
         """The next n tokens that it reads, guesses among them; -1: one that only the device knows."""
         tokens = self.tokens[self.fed : self.fed + n]
+        if len(tokens) == n:
+            return tokens
         if self.pending and len(tokens) < n:
             tokens.append(-1)
         return tokens + self.draft[: n - len(tokens)]

@@ -79,8 +79,8 @@ class Scheduler:
         """Let a request queue up; raises ValueError for one that will never fit."""
         self.capacity.check(request)
         active = {key[1] for key in self._queues} | {r.user for r in self.running}
-        if request.user not in active:  # who was away has not saved up service; behind an empty house all are even
-            least = min((self.served[user] for user in active), default=max(self.served.values(), default=0))
+        if request.user not in active:  # who was away has not saved up service
+            least = min((self.served[user] for user in active), default=0)
             self.served[request.user] = max(self.served[request.user], least)
         request.queued = self.n_steps
         self._queues.setdefault((request.priority, request.user), deque()).append(request)
@@ -106,11 +106,11 @@ class Scheduler:
         step = Step(self.max_tokens)
         self._make_way(step)
         ordered = sorted(self.running, key=_importance)
-        for request in ordered:
-            if request.row is not None and not request.reading and not request.complete:
+        for request in [r for r in ordered if not r.reading]:
+            if request.row is not None and not request.complete:
                 self._serve(request, step, 1 + len(request.draft))
-        for request in ordered:
-            if request.row is not None and request.reading:
+        for request in [r for r in ordered if r.reading]:
+            if request.row is not None:
                 self._serve(request, step, request.unread)
         self._admit(step)
         return step if step.work else None
@@ -118,20 +118,20 @@ class Scheduler:
     def _serve(self, request: Request, step: Step, n: int) -> None:
         """Give a request up to n tokens of this step, if there is room for them."""
         n = min(n, step.budget, self.capacity.step_limit)
-        if not n or not self._make_room(request, step, n):
+        if not n or not (self.capacity.grow(request, n) or self._make_room(request, step, n)):
             return
-        tokens = request.next_tokens(n)
-        guesses = max(0, n - request.unread)  # logits are wanted behind the newest token and each guess
-        n_wanted = 1 + guesses if n >= request.unread and not request.complete else 0
+        unread = request.unread
+        # Logits are wanted behind the newest token and behind each guess, if nothing before them is left to read.
+        n_wanted = 1 + n - unread if n >= unread and not request.complete else 0
         step.work.append((request.row, n, n_wanted))
-        step.tokens += tokens
+        step.tokens += request.next_tokens(n)
         step.requests.append(request)
         step.budget -= n
         request.fed += n
         self.served[request.user] += n
 
     def _make_room(self, request: Request, step: Step, n: int) -> bool:
-        """Find memory for n tokens more, if need be by preemption.
+        """Find memory for n tokens more by preemption.
 
         PAPER: "Efficient Memory Management for Large Language Model Serving with PagedAttention", arXiv:2309.06180,
             section 4.5.
@@ -141,20 +141,21 @@ class Scheduler:
             that still reads its prompt does not push itself out: it waits for a later step.
         WHY: the most important request always gets on, so the queue always moves.
         """
-        while not self.capacity.grow(request, n):
-            victim = max((r for r in self.running if r not in step.requests), key=_importance)
-            if victim is request and request.reading:
+        served = set(map(id, step.requests))
+        while True:
+            victim = max((r for r in self.running if id(r) not in served), key=_importance)
+            if (victim is request and request.reading) or _importance(victim) < _importance(request):
                 return False
             self._preempt(victim, step)
             if victim is request:
                 return False
-        return True
+            if self.capacity.grow(request, n):
+                return True
 
     def _preempt(self, request: Request, step: Step) -> None:
         """Take a request's row; it goes to the front of its queue."""
         self.running.remove(request)
         self.capacity.preempt(request)
-        request.queued = self.n_steps - request.waited  # its time on a row was no waiting
         self._queues.setdefault((request.priority, request.user), deque()).appendleft(request)
         step.preempted.append(request)
         self.n_preempted += 1
@@ -162,8 +163,8 @@ class Scheduler:
     def _make_way(self, step: Step) -> None:
         """Let running requests of lower priority leave, where one in the queue finds no room."""
         while self.running and (request := self._first()) and not request.pending:
-            victim = max(self.running, key=lambda r: (-r.level, r.index))
-            if victim.level >= request.priority:
+            victim = max(self.running, key=_importance)
+            if victim.priority >= request.priority:
                 return
             if self.capacity.admit(request):
                 self._enter(request, step)
@@ -179,8 +180,6 @@ class Scheduler:
             self._serve(request, step, request.unread)
 
     def _enter(self, request: Request, step: Step) -> None:
-        request.level = self._levels()[request.priority]  # who got in by patience is not sent away for lack of priority
-        request.waited = self.n_steps - request.queued
         self._take(request)
         self.running.append(request)
         step.admitted.append(request)
@@ -196,16 +195,11 @@ class Scheduler:
             count alike.
         WHY: otherwise one user with a thousand requests keeps all others waiting behind them.
         """
-        heads, levels = (queue[0] for queue in self._queues.values()), self._levels()
-        return min(heads, key=lambda r: (-levels[r.priority], self.served[r.user], r.index), default=None)
+        return min((queue[0] for queue in self._queues.values()), key=self._rank, default=None)
 
-    def _levels(self) -> dict[int, int]:
-        """How urgent each priority is by now: it ages as one, as patience within it would favour long queues."""
-        levels: dict[int, int] = {}
-        for (priority, _), queue in self._queues.items():
-            waited = (self.n_steps - queue[0].queued) // self.patience if self.patience else 0
-            levels[priority] = max(levels.get(priority, priority), priority + waited)
-        return levels
+    def _rank(self, request: Request) -> tuple:
+        waited = (self.n_steps - request.queued) // self.patience if self.patience else 0
+        return -(request.priority + waited), self.served[request.user], request.index
 
     def _take(self, request: Request) -> None:
         """Remove a request from its queue."""

@@ -1,0 +1,104 @@
+"""
+Speculation
+
+This file implements guessing and judging, apart from who runs the steps, following:
+- "Fast Inference from Transformers via Speculative Decoding" (Leviathan et al., 2023) - draft and verify
+- "Accelerating Large Language Model Decoding with Speculative Sampling" (Chen et al., 2023) - the same, found apart
+
+Each component is explained with paper references for educational purposes.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from phase3_core_inference.project8_kv_cache.sampling import Logprobs, Sampler
+from phase3_core_inference.project8_kv_cache.texts import TextRequest
+from phase4_advanced_inference.project11_speculative_decoding.drafts import Ask, Draft, NGramDraft, Proposal
+from phase4_advanced_inference.project11_speculative_decoding.formulas import Tally
+from phase4_advanced_inference.project11_speculative_decoding.rules import RULES, CoupledRule, Recorder
+
+Seated = Sequence[tuple[int, TextRequest]]  # (row, request)
+
+
+class Speculation:
+    """A draft and a rule: what is put before a step of the target, and what is made of its logits.
+
+    PAPER: "Fast Inference from Transformers via Speculative Decoding", arXiv:2211.17192, algorithm 1.
+    PAPER CONTEXT: the draft runs k times, the target once over all it wrote; then a prefix is kept and a token drawn.
+    INTUITION: the apprentice and the rules of the house; the master, who only reads, is somebody else's.
+    IMPLEMENTATION: `propose` before the step, `settle` after it. Any loop may stand between: a batch from beginning to
+        end (`SpeculativeWriter`), or one that requests join and leave (project 13's Runner).
+    WHY: which tokens stay depends on draft, logits and noise alone, never on who scheduled the step.
+
+    Args:
+        draft: serves this speculation alone; None: `NGramDraft()`; k: the most tokens of a draft.
+        rule: "rejection" (the papers'), or "coupled" (the text of plain decoding); graphs: record what can be.
+
+    `tally` counts what came of the drafts. Raises ValueError for a k or a rule that cannot be.
+    """
+
+    def __init__(self, draft: Draft | None = None, k: int = 4, rule: str = "rejection", graphs: bool = False):
+        if rule not in RULES:
+            raise ValueError(f"rule={rule!r} is unknown: use one of {', '.join(RULES)}")
+        if k < 1:
+            raise ValueError(f"k={k} must be at least 1: the most tokens of a draft")
+        self.draft = NGramDraft() if draft is None else draft
+        self.k, self.tally = k, Tally()
+        self._kind, self._recorder = RULES[rule], Recorder(graphs)
+        self._vocab_size = 0
+
+    def prepare(self, n_rows: int, capacity: int, vocab_size: int, step_limit: int) -> None:
+        """Get ready for so many texts of so many tokens, over a cache that takes `step_limit` of a row at once."""
+        if self.k >= step_limit:
+            raise ValueError(f"k={self.k} must be at least 1, and k + 1 at most what the cache takes in one step "
+                             f"({step_limit})")  # fmt: skip
+        self._vocab_size = vocab_size
+        self.draft.prepare(n_rows, capacity, vocab_size)
+
+    def rule(self, sampler: Sampler) -> CoupledRule:
+        """The rule for the requests of a sampler."""
+        return self._kind(sampler, self.k, self._recorder)
+
+    def propose(self, seated: Seated, rule: CoupledRule) -> Proposal:
+        """Guess what comes after each text; raises ValueError for a draft that proposes what it must not."""
+        # A step brings one token more than was drafted: none must exceed the limit.
+        asks = [Ask(row, r.tokens, min(self.k, r.limit - len(r.tokens) - 1)) for row, r in seated]
+        proposal = self.draft.propose(asks, rule.draft)
+        if len(proposal.tokens) != len(asks):
+            raise ValueError(f"the draft answered {len(proposal.tokens)} of {len(asks)} rows: give a list for each")
+        for ask, draft in zip(asks, proposal.tokens):
+            if len(draft) > max(ask.most, 0):
+                raise ValueError(f"the draft proposed {len(draft)} tokens for row {ask.row}: at most {ask.most} fit")
+            if not all(0 <= token < self._vocab_size for token in draft):
+                raise ValueError(f"the draft proposed {draft}, of which some are no tokens: ids go from 0 to "
+                                 f"{self._vocab_size - 1}")  # fmt: skip
+        return proposal
+
+    def settle(
+        self, rule: CoupledRule, logits: Tensor, seated: Seated, drafts: Sequence[Sequence[int]], odds: Tensor | None
+    ) -> list[list[tuple[int, Logprobs | None]]]:
+        """What each text gains, with what was asked to be known of it: the tokens that stay, and the one behind them.
+
+        logits: (sum of len(draft) + 1, V), behind the newest token of each text and each of its draft.
+        odds: (R, K, V), what the drafts were drawn from; None: nothing was drawn.
+        """
+        rows = [row for row, _ in seated]
+        verdicts = rule.judge(logits, rows, [len(r.tokens) for _, r in seated], drafts, odds)
+        bursts = [[*draft[:kept], token] for draft, (kept, token) in zip(drafts, verdicts)]
+        known = iter(_logprobs(rule.sampler, logits, rows, drafts, bursts))
+        self.tally.calls += 1
+        for row, draft, burst in zip(rows, drafts, bursts):
+            self.tally.add(len(draft), len(burst) - 1)
+            rule.sampler.remember([row] * len(burst), burst)
+        return [[(token, next(known)) for token in burst] for burst in bursts]
+
+
+def _logprobs(sampler: Sampler, logits: Tensor, rows, drafts, bursts) -> list[Logprobs | None]:
+    """What was asked to be known of each token that stays."""
+    flat = [row for row, burst in zip(rows, bursts) for _ in burst]
+    if all(sampler.params[row].logprobs is None for row in rows):
+        return [None] * len(flat)
+    starts = [sum(len(draft) + 1 for draft in drafts[:i]) for i in range(len(drafts))]
+    places = [start + j for start, burst in zip(starts, bursts) for j in range(len(burst))]
+    return sampler.logprobs(sampler.known(logits[places]), [token for burst in bursts for token in burst], flat)
