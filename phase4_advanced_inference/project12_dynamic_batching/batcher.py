@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from phase3_core_inference.project8_kv_cache.generation import Prefixes, as_lists, is_one
 from phase3_core_inference.project8_kv_cache.machine import Machine, Prompt
@@ -102,13 +103,17 @@ class Batcher(Machine):
         if step is None:
             return []
         self.seat(step)
-        logits = selective_step(self.decoder, step.work, step.tokens)
+        logits = self.forward(step)
         drawing = step.drawing
         if not drawing:
             return []
         rows, places = [r.row for r in drawing], [len(r.tokens) for r in drawing]
         drawn = self.sampler.draw(logits, rows, places)
         return [self.take(*each) for each in zip(drawing, drawn.tokens, drawn.logprobs)]
+
+    def forward(self, step: Step) -> Tensor:
+        """The model's part of a step: logits (n_wanted, V)."""
+        return selective_step(self.decoder, step.work, step.tokens)
 
     def seat(self, step: Step) -> None:
         """Tell the sampler who sits where."""

@@ -144,7 +144,7 @@ class Scheduler:
         served = set(map(id, step.requests))
         while True:
             victim = max((r for r in self.running if id(r) not in served), key=_importance)
-            if (victim is request and request.reading) or _importance(victim) < _importance(request):
+            if victim is request and request.reading:
                 return False
             self._preempt(victim, step)
             if victim is request:

@@ -68,7 +68,7 @@ def test_without_any_model(monkeypatch, tmp_path, capsys):
         (["--n_rows", "0"], "N_ROWS=0 must be at least 1"), (["--max_tokens", "1"], "MAX_TOKENS=1 must be at least"),
         (["--rate", "0"], "RATE=0.0 must be positive"), (["--policy", "luck"], "POLICY=luck is unknown"),
         (["--cache", "ghost"], "CACHE=ghost is unknown"), (["--seed", "-1"], "SEED=-1 must be at least 0"),
-        (["--check", "--dtype", "bfloat16"], "DTYPE=bfloat16 rounds otherwise"), (["--text", "nowhere"], "TEXT=nowhere"),
+        (["--check", "--dtype", "bfloat16"], "DTYPE=bfloat16 rounds"), (["--text", "nowhere"], "TEXT=nowhere"),
         (["--prompt", "x" * 99], "leaves no room to go on"), (["--spread", "-1"], "SPREAD=-1.0 must be at least 0"),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Traces and timelines: lengths and arrivals as asked, times by a clock that the test turns, pictures as they should be."""
+"""Traces and timelines: lengths and arrivals as asked, times by a clock that the test turns, pictures as expected."""
 
 import math
 
