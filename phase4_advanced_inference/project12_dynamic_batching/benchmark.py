@@ -3,8 +3,8 @@
     uv run python phase4_advanced_inference/project12_dynamic_batching/benchmark.py
     uv run python phase4_advanced_inference/project12_dynamic_batching/benchmark.py --parts rates
 
-checks: whatever the policy, each text is the one that is written alone. timeline: who was in the batch, drawn. rates: one
-trace at several rates of arrival; the throughput that keeps latency below a bound. stalls: the longest waits between
+checks: whatever the policy, each text is the one that is written alone. timeline: who was in the batch, drawn. rates:
+one trace at several rates of arrival; the throughput that keeps latency below a bound. stalls: the longest waits between
 tokens while long prompts are read. offline: all requests at once. peers: the continuous batching of `transformers`.
 
 Three policies: chunks (a budget of tokens a step: Sarathi-Serve), whole prompts (Orca), and static batches. All run the
@@ -45,6 +45,7 @@ SHAPES = {
     "small": {"vocab_size": 8192, "n_layer": 6, "n_embd": 384, "n_head": 6, "n_kv_head": 2, "n_ff": 1024},
     "1.1B": {"vocab_size": 32768, "n_layer": 22, "n_embd": 2048, "n_head": 32, "n_kv_head": 8, "n_ff": 5632},
 }
+SHORT_LENGTHS = (Lengths(48, 0.8, 1, 192), Lengths(32, 0.8, 1, 128))  # of what is checked and drawn
 KEYS = 512  # on a GPU keys are counted in such steps: so few shapes that all can be recorded in advance
 
 
@@ -78,14 +79,14 @@ class _Bench:
             shape = SHAPES[name] | {"block_size": -(-self.longest // KEYS) * KEYS} | fields
             return Transformer(PRESETS["llama-7b"](**shape)).to(dtype).eval().requires_grad_(False)
 
-    def batcher(self, policy, model=None, n_rows=None):
+    def batcher(self, policy, model=None, n_rows=None, max_tokens=None, cache=None):
         """A new batcher of this policy; on a GPU its decode steps are recorded already."""
         s, model, n_rows = self.s, model or self.model, n_rows or self.s.N_ROWS
-        build = catalog.resolve("caches", s.CACHE)
+        build = catalog.resolve("caches", cache or s.CACHE)
         if self.on_gpu:
             build = functools.partial(_in_steps, build)
         batcher = Batcher(model, NumberTokenizer(model.config.vocab_size), n_rows, self.longest, cache=build,
-                          max_tokens=s.MAX_TOKENS if policy == CHUNKS else n_rows * self.longest,
+                          max_tokens=(max_tokens or s.MAX_TOKENS) if policy == CHUNKS else n_rows * self.longest,
                           slots=GangSlots if policy == STATIC else Slots, graphs=self.on_gpu)  # fmt: skip
         record(batcher)
         return batcher
@@ -97,13 +98,14 @@ class _Bench:
             replay(self._ready[policy], self.trace(math.inf)[:: max(1, self.s.N_REQUESTS // self.s.N_ROWS)])
         return self._ready[policy]
 
-    def trace(self, rate, n=None, median=None, cut=None):
+    def trace(self, rate, n=None, prompts=None, outputs=None):
         """The trace at this rate: its requests are always the same."""
-        s, n = self.s, n or self.s.N_REQUESTS
-        prompts = Lengths(median or s.PROMPT_TOKENS, s.SPREAD, 1, cut or s.LONGEST_PROMPT)
+        s = self.s
+        prompts = prompts or Lengths(s.PROMPT_TOKENS, s.SPREAD, 1, s.LONGEST_PROMPT)
+        outputs = outputs or Lengths(s.NEW_TOKENS, s.SPREAD, 1, s.LONGEST_NEW)
         tokens = torch.randint(0, SHAPES["small"]["vocab_size"], (4 * s.LONGEST_PROMPT,),
                                generator=torch.Generator().manual_seed(s.SEED)).tolist()  # fmt: skip
-        return make_trace(n, rate, prompts, Lengths(s.NEW_TOKENS, s.SPREAD, 1, s.LONGEST_NEW), tokens, s.SEED)
+        return make_trace(n or s.N_REQUESTS, rate, prompts, outputs, tokens, s.SEED)
 
     def full_rate(self, **lengths):
         """Requests per second of the policy with chunks if all are there at once."""
@@ -150,13 +152,13 @@ def check(report, s, bench):
     """Texts of all policies in float32, greedy and sampled, are those that are written alone."""
     model = bench.build("small", torch.float32)
     torch.set_float32_matmul_precision("highest")
-    trace = bench.trace(math.inf, n=24, cut=128)
+    trace = bench.trace(math.inf, 24, *SHORT_LENGTHS)
     for temperature in (0.0, 1.0):
         params = SamplingParams(temperature=temperature, seed=s.SEED)
         alone = [generate(model, NumberTokenizer(8192), each.prompt, own_params(trace, place, params)).tokens
                  for place, each in enumerate(trace)]  # fmt: skip
         for policy in (CHUNKS, WHOLE, STATIC):
-            found = replay(bench.batcher(policy, model, 8), trace, params)
+            found = replay(bench.batcher(policy, model, 8, cache="contiguous"), trace, params)
             same = sum(record.tokens == text for record, text in zip(found.records, alone))
             report.check(f"{policy}, temperature {temperature:g}: each text is what it is alone", same == len(trace),
                          f"{same} of {len(trace)} texts, {sum(map(len, alone)):,} tokens, float32")  # fmt: skip
@@ -189,9 +191,9 @@ def measure_timeline(report, s, bench):
     model = bench.build("small", bench.dtype, n_layer=1)
     panels, steps, use = {}, {}, {}
     for policy in (STATIC, CHUNKS):
-        batcher = bench.batcher(policy, model, 8)
+        batcher = bench.batcher(policy, model, 8, 64)
         clock = _StepClock(batcher)
-        found = replay(batcher, bench.trace(0.2, n=32, cut=192), None, clock, clock.sleep)
+        found = replay(batcher, bench.trace(0.2, 32, *SHORT_LENGTHS), None, clock, clock.sleep)
         panels[f"{policy} batching" if policy == STATIC else policy] = found.timeline.spans()
         steps[policy], use[policy] = clock.now, found.timeline.occupancy
     draw_timeline(report.folder / f"project12_dynamic_batching.timeline.{report.slug}.png", panels, "step", "row",
@@ -225,7 +227,7 @@ def measure_rates(report, s, bench):
         report.row(f"{s.MODEL}, {policy}: tokens/s at equal latency", reached[policy][0], "tok/s", claim=CLAIM,
                    peer=reached[STATIC][0], peer_name="static batching, same loop and kernels",
                    note=f"median latency a token at most {s.BOUND:g} times the {lone * 1e3:.1f} ms of a lone request"
-                        f"{reached[policy][1]}; static{reached[STATIC][1] or ' likewise'}")  # fmt: skip
+                        f"{reached[policy][1].replace(' likewise', '')}; static{reached[STATIC][1]}")  # fmt: skip
     for i, fraction in enumerate(sorted(s.RATES)):
         report.row(f"{s.MODEL}, {fraction:.0%} of the full rate, {CHUNKS}: median latency a token",
                    lines[CHUNKS][1][i] * 1e3, "ms", peer=lines[STATIC][1][i] * 1e3, peer_name=STATIC,
@@ -248,26 +250,25 @@ def told(rate, lines, tails, i):
 def lone_latency(bench):
     """Median seconds a token of requests that come one after the other."""
     batcher, trace = bench.ready(CHUNKS), bench.trace(math.inf)[:12]
-    return statistics.median(
-        replay(batcher, [dataclasses.replace(each, at=0.0)]).records[0].normalized for each in trace
-    )
+    alone = [replay(batcher, [dataclasses.replace(each, at=0.0)]).records[0] for each in trace]
+    return statistics.median(record.normalized for record in alone)
 
 
 def at_bound(throughputs, latencies, bound):
     """(the highest throughput whose latency stays below a bound, what is to be said of it); between rates: a line.
 
     >>> at_bound([10, 20, 30], [1.0, 2.0, 4.0], 3.0), at_bound([10, 20], [1.0, 2.0], 3.0)[0]
-    ((25.0, ''), 20)
+    ((25.0, ' likewise'), 20)
     """
     if latencies[0] > bound:
-        return throughputs[0] * bound / latencies[0], " exceeds it at the lowest rate: drawn in proportion"
+        return throughputs[0], " exceeds it even at the lowest rate, whose tokens/s stand here"
     best = 0.0
     for (x0, y0), (x1, y1) in zip(zip(throughputs, latencies), zip(throughputs[1:], latencies[1:])):
         if y0 <= bound < y1:
             best = max(best, x0 + (x1 - x0) * (bound - y0) / (y1 - y0))
         elif y1 <= bound:
             best = max(best, x1)
-    return (best or throughputs[0]), "" if max(latencies) > bound else " stays below it at all rates"
+    return best, " likewise" if max(latencies) > bound else " stays below it at all rates"
 
 
 # -- stalls
@@ -275,7 +276,7 @@ def at_bound(throughputs, latencies, bound):
 
 def measure_stalls(report, s, bench):
     """Waits between two tokens of a text while prompts, longer ones, are read."""
-    lengths = {"median": s.STALL_PROMPT_TOKENS}
+    lengths = {"prompts": Lengths(s.STALL_PROMPT_TOKENS, s.SPREAD, 1, s.LONGEST_PROMPT)}
     rate = s.STALL_RATE * bench.full_rate(**lengths)
     trace = bench.trace(rate, **lengths)
     replay(bench.ready(WHOLE), trace[: s.N_ROWS])  # steps of these sizes, once before
@@ -362,12 +363,12 @@ def serve_theirs(theirs, s, bench, trace):
 
     settings = GenerationConfig(max_new_tokens=s.LONGEST_NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
     pages = s.N_ROWS * (-(-bench.longest // 256) + 1)
-    batching = ContinuousBatchingConfig(
-        max_batch_tokens=s.MAX_TOKENS, max_requests_per_batch=s.N_ROWS, num_blocks=pages
-    )
-    with torch.no_grad(), theirs.continuous_batching_context_manager(
+    batching = ContinuousBatchingConfig(max_batch_tokens=s.MAX_TOKENS, max_requests_per_batch=s.N_ROWS,
+                                        num_blocks=pages)  # fmt: skip
+    serving = theirs.continuous_batching_context_manager(
         generation_config=settings, continuous_batching_config=batching, block=True, timeout=60
-    ) as manager:  # fmt: skip
+    )
+    with torch.no_grad(), serving as manager:
         began, found = time.perf_counter(), {}
         for place, each in enumerate(trace):
             manager.add_request(each.prompt, request_id=str(place), max_new_tokens=each.n_new)
