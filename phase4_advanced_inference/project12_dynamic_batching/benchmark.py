@@ -4,8 +4,8 @@
     uv run python phase4_advanced_inference/project12_dynamic_batching/benchmark.py --parts rates
 
 checks: whatever the policy, each text is the one that is written alone. timeline: who was in the batch, drawn. rates:
-one trace at several rates of arrival; the throughput that keeps latency below a bound. stalls: the longest waits between
-tokens while long prompts are read. offline: all requests at once. peers: the continuous batching of `transformers`.
+one trace at several rates of arrival; the throughput that keeps latency below a bound. stalls: the longest waits
+between tokens while long prompts are read. offline: all requests at once. peers: `transformers`' continuous batching.
 
 Three policies: chunks (a budget of tokens a step: Sarathi-Serve), whole prompts (Orca), and static batches. All run the
 same loop with the same kernels. Lengths are log-normal, arrivals Poisson, the loop is open, sampling greedy.
@@ -242,8 +242,8 @@ def measure_rates(report, s, bench):
 
 def told(rate, lines, tails, i):
     """What one rate was like for each policy."""
-    each = (f"{policy}: {xs[i]:,.0f} tokens/s, {ys[i] * 1e3:.1f} ms, first token after {tails[policy][i][0] * 1e3:,.0f} "
-            f"ms, rows in use {tails[policy][i][1]:.0%}" for policy, (xs, ys) in lines.items())  # fmt: skip
+    each = (f"{policy}: {xs[i]:,.0f} tokens/s, {ys[i] * 1e3:.1f} ms, first token after {tails[policy][i][0] * 1e3:,.0f}"
+            f" ms, rows in use {tails[policy][i][1]:.0%}" for policy, (xs, ys) in lines.items())  # fmt: skip
     return f"{rate:.2f} requests/s; " + "; ".join(each)
 
 
@@ -318,7 +318,7 @@ def measure_offline(report, s, bench):
                    note=f"{use[policy].n_steps:,} steps, static {use[STATIC].n_steps:,}")  # fmt: skip
         report.row(f"{s.MODEL}, all {len(trace)} at once, {policy}: rows in use", 100 * use[policy].occupancy, "%",
                    peer=100 * use[STATIC].occupancy, peer_name="static batching", limit=100.0,
-                   limit_name="every row in every step", note="the rest is the end, when nobody comes any more")  # fmt: skip
+                   limit_name="each row, each step", note="the rest is the end, when nobody comes any more")  # fmt: skip
 
 
 # -- peers
