@@ -194,7 +194,7 @@ def measure_timeline(report, s, bench):
         batcher = bench.batcher(policy, model, 8, 64)
         clock = _StepClock(batcher)
         found = replay(batcher, bench.trace(0.2, 32, *SHORT_LENGTHS), None, clock, clock.sleep)
-        panels[f"{policy} batching" if policy == STATIC else policy] = found.timeline.spans()
+        panels["static batching" if policy == STATIC else "continuous batching"] = found.timeline.spans()
         steps[policy], use[policy] = clock.now, found.timeline.occupancy
     draw_timeline(report.folder / f"project12_dynamic_batching.timeline.{report.slug}.png", panels, "step", "row",
                   "Who is in the batch (dark: reads its prompt)")  # fmt: skip
@@ -237,7 +237,7 @@ def measure_rates(report, s, bench):
     shown = {policy: (xs, [1e3 * y for y in ys]) for policy, (xs, ys) in lines.items()}
     curves(report.folder / f"project12_dynamic_batching.{report.slug}.png", shown, "tokens per second",
            "median ms, end to end, a token", f"Latency against throughput, {s.MODEL}, {s.N_ROWS} rows",
-           hlines={f"{s.BOUND:g} times a lone request": bound * 1e3}, logy=True)  # fmt: skip
+           hlines={f"{s.BOUND:g} times a lone request": bound * 1e3})  # fmt: skip
 
 
 def told(rate, lines, tails, i):
@@ -318,7 +318,7 @@ def measure_offline(report, s, bench):
                    note=f"{use[policy].n_steps:,} steps, static {use[STATIC].n_steps:,}")  # fmt: skip
         report.row(f"{s.MODEL}, all {len(trace)} at once, {policy}: rows in use", 100 * use[policy].occupancy, "%",
                    peer=100 * use[STATIC].occupancy, peer_name="static batching", limit=100.0,
-                   limit_name="each row, each step", note="the rest is the end, when nobody comes any more")  # fmt: skip
+                   limit_name="each row, each step", note="the rest is the end, when nobody comes")  # fmt: skip
 
 
 # -- peers

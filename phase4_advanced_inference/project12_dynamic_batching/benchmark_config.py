@@ -29,7 +29,7 @@ SPREAD = 0.8  # of both, of the logarithm
 LONGEST_PROMPT = 1024 if _GPU else 256  # where prompts are cut off
 LONGEST_NEW = 512 if _GPU else 192  # where continuations are cut off
 STALL_PROMPT_TOKENS = 768.0 if _GPU else 192.0  # median where the stalls of prompts are measured
-RATES: list[float] = [0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 1.1]  # of the requests/s served when all come at once
+RATES: list[float] = [0.2, 0.4, 0.6, 0.8, 1.0, 1.3, 1.7]  # of the requests/s served when all come at once
 STALL_RATE = 0.6  # likewise, where stalls are measured
 BOUND = 3.0  # times the latency of requests that come alone: what counts as equal latency
 
