@@ -118,6 +118,7 @@ class ContiguousCache:
         else:
             self._sizes, self._most_kept = self._exact, 8
         self._kept: dict[tuple, CachePlan] = {}
+        self._passing: dict[tuple, CachePlan] = {}  # those of prompts, so that they push out nothing recorded
         with torch.no_grad():
             self.stores = [store(spec, n_rows, self._slots(spec), dtype, device) for spec in specs]
         # On a CPU a mask that is there beats one that each layer makes; windows and rings need one anyway.
@@ -181,15 +182,18 @@ class ContiguousCache:
 
     def _find(self, kind: type[CachePlan], shape: Shape) -> CachePlan:
         """The plan of this kind and shape: the same one each time, unless it was not needed for long."""
-        plan = self._kept.pop((kind, shape), None) or kind(self.specs, self.stores, self.kernel, shape, self.device)
-        self._kept[kind, shape] = plan  # now the newest
-        if len(self._kept) > self._most_kept:
-            del self._kept[next(iter(self._kept))]
+        found = self._kept.pop((kind, shape), None) or self._passing.pop((kind, shape), None)
+        plan = found or kind(self.specs, self.stores, self.kernel, shape, self.device)
+        shelf, most = (self._kept, self._most_kept) if plan.returns else (self._passing, 8)
+        shelf[kind, shape] = plan  # now the newest
+        if len(shelf) > most:
+            del shelf[next(iter(shelf))]
         return plan
 
     def keeps(self, plan: CachePlan) -> bool:
         """Whether a step of the same shape would get this very plan again."""
-        return self._kept.get((type(plan), plan.shape)) is plan
+        shelf = self._kept if plan.returns else self._passing
+        return shelf.get((type(plan), plan.shape)) is plan
 
     @property
     def step_limit(self) -> int:

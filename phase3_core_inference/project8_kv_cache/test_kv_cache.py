@@ -230,6 +230,16 @@ def test_a_shape_that_returns_gets_the_same_plan():
     assert cache.plan([(0, 5, 0)]).tokens.shape == (5,) and cache.plan([(0, 17, 0)]).tokens.shape == (32,)
 
 
+def test_prompts_push_out_no_plan_that_something_may_be_recorded_for():
+    cache = ContiguousCache(MODELS["gpt2"].specs, 4, LONG, padded=True)
+    cache._unmasked, first = True, cache.plan([(0, 1, 1), (1, 1, 1)])  # as on a GPU: each length is a shape
+    for n in range(17, LONG):
+        for _ in range(3):
+            cache.truncate(2, 0)
+            assert cache.plan([(2, n, 1)]).shape.n_each == n
+    assert cache.keeps(first) and len(cache._passing) == 8
+
+
 @pytest.mark.parametrize(
     ("work", "said"),
     [

@@ -227,6 +227,17 @@ def test_selective_steps_give_the_logits_of_one_grid(model):
                 torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
 
 
+def test_the_lowest_free_row_is_given_out(model):
+    batcher = Batcher(model, TOKENIZER, 4)
+    requests = [batcher.add("a", SamplingParams(9, 0.0, stop_ids=())) for _ in range(4)]
+    batcher.step()
+    for place in (1, 3, 0):
+        batcher.abort(requests[place])
+    late = [batcher.add("a", SamplingParams(9, 0.0, stop_ids=())) for _ in range(3)]
+    batcher.step()
+    assert [request.row for request in late] == [0, 1, 3]  # rows side by side are read without a copy
+
+
 # --- static batching, shared beginnings ---
 
 
