@@ -135,8 +135,9 @@ class PagedCache:
     @property
     def waste(self) -> float:
         """The part of the blocks in use by rows that holds no token: places behind the ends of texts."""
-        held = sum(self.n_held) * self.page
-        return 1 - sum(self.lengths) / held if held else 0.0
+        used = {block for row in range(len(self.lengths)) for block in self.blocks(row)}
+        empty = sum(held * self.page - length for held, length in zip(self.n_held, self.lengths))
+        return empty / (len(used) * self.page) if used else 0.0
 
     # -- blocks of a row
 
