@@ -1,8 +1,7 @@
 """
 Machine
 
-This file implements what every way of writing needs: a model, its tokenizer, a cache, and what runs their steps,
-following:
+This file implements what every way of writing needs, a model with a cache and what runs their steps, following:
 - "Efficiently Scaling Transformer Inference" (Pope et al., 2022) - prefill and decode over one cache
 
 Each component is explained with paper references for educational purposes.
@@ -85,7 +84,8 @@ class Machine:
         if len(tokens) >= self.room:
             raise ValueError(
                 f"a prompt of {len(tokens)} tokens leaves no room to go on: capacity={self.room} (at most "
-                f"the model's block_size={self.model.config.block_size}): shorten it, or raise the capacity"
+                f"the model's block_size={self.model.config.block_size}): shorten it, or raise the capacity (and the "
+                f"memory of the cache)"
             )
         return tokens
 

@@ -71,8 +71,8 @@ def flash_decode_op(
     return o
 
 
-def choose_splits(rows: int, longest: int, device) -> int:
-    """Parts of the keys so that `rows` programs become a few for each multiprocessor, none shorter than a tile.
+def choose_splits(rows: int, longest: int, device, programs: int = PROGRAMS) -> int:
+    """Parts of the keys so that `rows` programs become `programs` for each multiprocessor, none shorter than a tile.
 
     PAPER: "Flash-Decoding for long-context inference" (Dao et al., 2023).
     PAPER CONTEXT: with a batch of 1, FlashAttention uses less than 1% of a GPU while it decodes.
@@ -81,7 +81,7 @@ def choose_splits(rows: int, longest: int, device) -> int:
     WHY: the cache is read at the speed of the memory only if all multiprocessors read.
     """
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    return max(1, min(PROGRAMS * processors // rows, -(-longest // BLOCK), 128))
+    return max(1, min(programs * processors // rows, -(-longest // BLOCK), 128))
 
 
 def flash_decode(

@@ -28,6 +28,7 @@ from phase3_core_inference.project8_kv_cache.kv_cache import ContiguousCache
 from phase3_core_inference.project8_kv_cache.rivals import NumberTokenizer, transformers_model
 from phase3_core_inference.project8_kv_cache.stores import bytes_per_token
 from phase4_advanced_inference.project10_prompt_caching import benchmark_config
+from phase4_advanced_inference.project10_prompt_caching.limits import reading_flops
 from phase4_advanced_inference.project10_prompt_caching.prefix_cache import RadixCache
 from phase4_advanced_inference.project10_prompt_caching.prompt_cache import PromptCache
 from phase4_advanced_inference.project10_prompt_caching.response_cache import SemanticCache
@@ -94,15 +95,6 @@ def check(report, s, device):
 # -- time to the first token
 
 
-def flops(model, start, stop):
-    """Floating-point operations of reading tokens start to stop behind those before: products and attention, and the
-    logits of one token."""
-    body = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
-    attention = sum(2 * spec.n_head * (spec.head_size + spec.value_size) for spec in model.specs)
-    keys = (stop * (stop + 1) - start * (start + 1)) / 2  # that all of these tokens see together
-    return 2 * body * (stop - start) + attention * keys + 2 * model.config.n_embd * model.config.vocab_size
-
-
 @torch.no_grad()
 def measure_first_token(report, s, device):
     """Times by hit rate, in turn; the suffix is new each time, so that exactly the prefix is known."""
@@ -113,7 +105,9 @@ def measure_first_token(report, s, device):
     runs, known = {}, {rate: int(n * rate) for rate in (0.0, *s.HIT_RATES)}
     for rate, length in known.items():
         prefixes[rate] = PromptCache()
-        writer = Writer(model, tokenizer, 1, None, build, s.CHUNK, prefixes=prefixes[rate])
+        writer = Writer(
+            model, tokenizer, 1, None, build, s.CHUNK, graphs=device.type == "cuda", prefixes=prefixes[rate]
+        )
         if length:
             list(writer.stream([prefix[:length]], [dataclasses.replace(params, max_new_tokens=1)]))
         runs["ours", rate] = lambda writer=writer, length=length: first_token(
@@ -134,10 +128,13 @@ def first_token_rows(report, s, model, timings, known, peer):
     n, base = s.PROMPT_TOKENS, timings["ours", 0.0].median
     report.row(f"{s.MODEL}: first token of a prompt of {n:,}, nothing known", base * 1e3, "ms", higher_is_better=False,
                peer=timings["theirs", 0.0].median * 1e3 if peer else None, peer_name="transformers" if peer else None,
-               note=f"{flops(model, 0, n) / base / 1e12:.3g} TFLOP/s")  # fmt: skip
+               note=f"{reading_flops(model, 0, n) / base / 1e12:.3g} TFLOP/s")  # fmt: skip
     lines = {"measured": ([], []), "limit: operations that remain": ([], [])}
     for rate in s.HIT_RATES:
-        ours, limit = base / timings["ours", rate].median, flops(model, 0, n) / flops(model, known[rate], n)
+        ours, limit = (
+            base / timings["ours", rate].median,
+            reading_flops(model, 0, n) / reading_flops(model, known[rate], n),
+        )
         theirs = timings["theirs", 0.0].median / timings["theirs", rate].median if peer else None
         report.row(f"{s.MODEL}: times as soon with {rate:.1%} of {n:,} tokens known", ours, "×", claim=CLAIM,
                    spread=[base / timings["ours", rate].high, base / timings["ours", rate].low], peer=theirs,

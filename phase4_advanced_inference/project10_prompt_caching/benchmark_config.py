@@ -15,7 +15,7 @@ PARTS: list[str] = [*_PARTS]  # what to measure; of the rest, what stands in res
 MODEL = "1.1B" if _GPU else "small"  # whose time to the first token is measured
 PROMPT_TOKENS = 8064 if _GPU else 960  # of a prompt
 CHUNK = 8192 if _GPU else 512  # tokens of a prefill step at most
-CACHE = "flash" if _GPU else "contiguous"  # a name in the catalog's group caches
+CACHE = "paged" if _GPU else "contiguous"  # a name in the catalog's group caches
 HIT_RATES: list[float] = [0.25, 0.5, 0.75, 0.875]  # parts of the prompt that are known
 REPEATS = 5  # timed rounds, all rivals in turn
 
@@ -30,7 +30,7 @@ def validate_config(settings=None):
     if s.MODEL not in ("small", "1.1B"):
         raise ValueError(f"MODEL={s.MODEL} is unknown: use small or 1.1B")
     if s.CACHE not in GROUPS["caches"] or s.CACHE == "sliding":
-        raise ValueError(f"CACHE={s.CACHE} must be a cache that keeps the beginnings of texts: contiguous or flash")
+        raise ValueError(f"CACHE={s.CACHE} must be one that keeps the beginnings of texts: contiguous, flash or paged")
     for name, least in (("PROMPT_TOKENS", 16), ("CHUNK", 1), ("REPEATS", 1)):
         if getattr(s, name) < least:
             raise ValueError(f"{name}={getattr(s, name)} must be at least {least}")

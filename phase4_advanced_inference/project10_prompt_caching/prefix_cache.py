@@ -171,9 +171,14 @@ class RadixCache:
         return node, n, parts
 
     def _alike(self, a: tuple[int, ...], b: tuple[int, ...]) -> int:
-        """The number of equal tokens at the beginning, in whole pages."""
-        n = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-        return n // self.page * self.page
+        """The number of equal tokens at the beginning, in whole pages, found by halves: comparing slices is quick."""
+        low, high = 0, min(len(a), len(b))
+        if a[:high] == b[:high]:
+            return high // self.page * self.page
+        while high - low > 1:  # equal up to `low`, not up to `high`
+            middle = (low + high) // 2
+            low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle)
+        return low // self.page * self.page
 
     def insert(self, tokens: Sequence[int], make: Callable[[int, int], Span]) -> int:
         """Take in a text, in whole pages; returns how many tokens are new.

@@ -142,15 +142,18 @@ class Batcher(Machine):
         """
         if self.busy:
             raise ValueError("requests are being served: take their steps first, or use add and step for all")
+        requests: list[Request] = []
         encoded = [self.encode(prompt) for prompt in prompts]
-        try:  # whatever happens, also if a later one is refused, nobody stays behind
-            requests = [self.add(prompt, each) for prompt, each in zip(encoded, params)]
+        try:
+            for prompt, each in zip(encoded, params):
+                requests.append(self.add(prompt, each))
             places = {request.index: place for place, request in enumerate(requests)}
             while self.busy:
                 for piece in self.step():
                     yield Piece(places[piece.index], piece.text, piece.token, piece.finish_reason, piece.logprobs)
-        finally:
-            self.reset()
+        finally:  # whatever happened, also if a later one was refused, nobody stays behind
+            for request in requests:
+                self.abort(request)
 
     @torch.no_grad()
     def generate(

@@ -22,7 +22,8 @@ class Request(TextRequest):
     PAPER CONTEXT: the scheduler keeps every request with its state, and picks some of them for each iteration.
     INTUITION: a guest with a ticket: served so far, still hungry, and at table or in the queue.
     IMPLEMENTATION: project 8's `TextRequest` with a row while it runs, what it may claim, and its own seed. `pending`
-        counts tokens that were drawn on the device and that the host has not read yet.
+        counts tokens that were drawn on the device and that the host has not read yet; `fed` those that steps were
+        planned for, whether or not they are over.
     WHY: with the seed its own, and noise that counts positions, neighbours and preemption change nothing of its text.
 
     Args:

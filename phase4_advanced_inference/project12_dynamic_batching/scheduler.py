@@ -79,8 +79,8 @@ class Scheduler:
         """Let a request queue up; raises ValueError for one that will never fit."""
         self.capacity.check(request)
         active = {key[1] for key in self._queues} | {r.user for r in self.running}
-        if request.user not in active:  # who was away has not saved up service
-            least = min((self.served[user] for user in active), default=0)
+        if request.user not in active:  # who was away has not saved up service; behind an empty house all are even
+            least = min((self.served[user] for user in active), default=max(self.served.values(), default=0))
             self.served[request.user] = max(self.served[request.user], least)
         request.queued = self.n_steps
         self._queues.setdefault((request.priority, request.user), deque()).append(request)
@@ -156,6 +156,7 @@ class Scheduler:
         """Take a request's row; it goes to the front of its queue."""
         self.running.remove(request)
         self.capacity.preempt(request)
+        request.queued = self.n_steps - request.waited  # its time on a row was no waiting
         self._queues.setdefault((request.priority, request.user), deque()).appendleft(request)
         step.preempted.append(request)
         self.n_preempted += 1
@@ -163,8 +164,8 @@ class Scheduler:
     def _make_way(self, step: Step) -> None:
         """Let running requests of lower priority leave, where one in the queue finds no room."""
         while self.running and (request := self._first()) and not request.pending:
-            victim = max(self.running, key=_importance)
-            if victim.priority >= request.priority:
+            victim = max(self.running, key=lambda r: (-r.level, r.index))
+            if victim.level >= request.priority:
                 return
             if self.capacity.admit(request):
                 self._enter(request, step)
@@ -180,6 +181,8 @@ class Scheduler:
             self._serve(request, step, request.unread)
 
     def _enter(self, request: Request, step: Step) -> None:
+        request.level = self._levels()[request.priority]  # who got in by patience is not sent away for lack of priority
+        request.waited = self.n_steps - request.queued
         self._take(request)
         self.running.append(request)
         step.admitted.append(request)
@@ -195,11 +198,16 @@ class Scheduler:
             count alike.
         WHY: otherwise one user with a thousand requests keeps all others waiting behind them.
         """
-        return min((queue[0] for queue in self._queues.values()), key=self._rank, default=None)
+        heads, levels = (queue[0] for queue in self._queues.values()), self._levels()
+        return min(heads, key=lambda r: (-levels[r.priority], self.served[r.user], r.index), default=None)
 
-    def _rank(self, request: Request) -> tuple:
-        waited = (self.n_steps - request.queued) // self.patience if self.patience else 0
-        return -(request.priority + waited), self.served[request.user], request.index
+    def _levels(self) -> dict[int, int]:
+        """How urgent each priority is by now: it ages as one, as patience within it would favour long queues."""
+        levels: dict[int, int] = {}
+        for (priority, _), queue in self._queues.items():
+            waited = (self.n_steps - queue[0].queued) // self.patience if self.patience else 0
+            levels[priority] = max(levels.get(priority, priority), priority + waited)
+        return levels
 
     def _take(self, request: Request) -> None:
         """Remove a request from its queue."""

@@ -23,6 +23,7 @@ from phase3_core_inference.project9_flash_attention import decoding, tiles
 from phase3_core_inference.project9_flash_attention.flash_attention import WIDEST
 from phase3_core_inference.project9_flash_attention.tiles import Tile, width_of
 
+PROGRAMS = 4  # for each multiprocessor: half of project 9's, as following a table already costs registers
 FEW = 16  # queries a row that are taken as rows of one product ...
 FEW_ROWS = 128  # ... if with all heads of their group they are no more than this
 PIECE = 256  # queries that the reference takes at once
@@ -45,7 +46,7 @@ tiles.CANDIDATES |= {
     },
     "paged_ragged": {
         32: [Tile(128, 64, 4, 2)],
-        64: [Tile(128, 64, 4, 2), Tile(128, 32, 4, 2)],
+        64: [Tile(128, 64, 4, 3), Tile(128, 64, 4, 2), Tile(128, 32, 4, 2)],
         128: [Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(128, 16, 8, 1)],
         256: [Tile(64, 32, 8, 2), Tile(64, 16, 8, 1)],
     },
@@ -306,6 +307,11 @@ def check_shapes(q, k, v, tables, begins, ends, scale, n_each, splits) -> None:
         raise ValueError(f"splits={splits} must be from 1 to 128: leave it out to have it chosen")
 
 
+def splits_of(rows: int, kv_heads: int, longest: int, device) -> int:
+    """Parts that the keys of each row are cut into, where it has few queries."""
+    return decoding.choose_splits(rows * kv_heads, longest, device, PROGRAMS)
+
+
 def paged_attention(
     q: Tensor, k: Tensor, v: Tensor, tables: Tensor, begins: Tensor | None, ends: Tensor, scale: float,
     window: int | None = None, n_each: int | None = None, splits: int | None = None,
@@ -343,7 +349,7 @@ def paged_attention(
         q = q.contiguous()
     if n_each is not None and n_each <= FEW and width_of(n_each * (H // Hkv)) <= FEW_ROWS:
         if splits is None:
-            splits = decoding.choose_splits(R * Hkv, tables.shape[1] * k.shape[1], q.device)
+            splits = splits_of(R, Hkv, tables.shape[1] * k.shape[1], q.device)
         return torch.ops.roadmap.paged_few(q, k, v, tables, ends, scale, window, n_each, splits)
     if n_each is not None:
         begins = torch.arange(0, N + 1, n_each, dtype=torch.int32, device=q.device)

@@ -84,7 +84,7 @@ class PagedCache:
         specs, n_rows, capacity, dtype, device: as of `ContiguousCache`; capacity: the most tokens of a row.
         n_blocks: of all rows together; None: enough for all rows to be full. page: tokens of a block, a power of two.
         store: the format; padded: round the number of rows up, for compiled models and CUDA graphs.
-        round_keys: not needed: kernels are told each row's length.
+        round_keys: how the number of rows is rounded then; keys need it not, as kernels are told each row's length.
 
     Raises ValueError for what cannot be, OutOfBlocks where memory ends (nothing is changed then).
     """
@@ -100,7 +100,7 @@ class PagedCache:
         page: int = 16,
         store: Callable[..., PagedStore] = PagedStore,
         padded: bool = False,
-        round_keys: Rounding | None = None,
+        round_keys: Rounding = quarter_octaves,
     ):
         block_size = min((spec.block_size for spec in specs if spec.block_size), default=capacity)
         if n_rows < 1 or not 1 <= capacity <= block_size:
@@ -109,7 +109,8 @@ class PagedCache:
         if page < 1 or page & (page - 1):
             raise ValueError(f"page={page} must be a power of two: 16 is a good choice")
         self.specs, self.page, self.device = list(specs), page, torch.device(device)
-        self.padded, self.n_most = padded, -(-capacity // page)  # blocks of the longest row
+        self.padded, self.round_rows = padded, round_keys
+        self.n_most = -(-capacity // page)  # blocks of the longest row
         self.allocator = BlockAllocator(n_rows * self.n_most if n_blocks is None else n_blocks)
         self.capacity = min(capacity, self.allocator.n_blocks * page)
         self.lengths = [0] * n_rows
@@ -134,8 +135,9 @@ class PagedCache:
     @property
     def waste(self) -> float:
         """The part of the blocks in use by rows that holds no token: places behind the ends of texts."""
-        held = sum(self.n_held) * self.page
-        return 1 - sum(self.lengths) / held if held else 0.0
+        used = {block for row in range(len(self.lengths)) for block in self.blocks(row)}
+        empty = sum(held * self.page - length for held, length in zip(self.n_held, self.lengths))
+        return empty / (len(used) * self.page) if used else 0.0
 
     # -- blocks of a row
 
@@ -280,7 +282,7 @@ class PagedCache:
 
     def rows_of(self, n: int) -> int:
         """The number of rows that n are filled up to: so few sizes that code can be recorded for each."""
-        return min(power_of_two(n) if n < 8 else quarter_octaves(n, 8), len(self.lengths))
+        return min(power_of_two(n) if n < 8 else self.round_rows(n, 8), len(self.lengths))
 
     def _find(self, shape: Shape, even: bool) -> PagedPlan:
         """The plan of this shape: the same one each time, unless it was not needed for long."""

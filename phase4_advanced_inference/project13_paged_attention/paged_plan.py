@@ -18,10 +18,10 @@ from phase1_foundation.project3_pretrain.plans import LayerSpec
 from phase3_core_inference.project8_kv_cache.buffers import StepBuffers
 from phase3_core_inference.project8_kv_cache.cache_plan import Shape
 from phase3_core_inference.project8_kv_cache.work import SHORT, Layout
-from phase3_core_inference.project9_flash_attention.decoding import choose_splits
 from phase4_advanced_inference.project13_paged_attention.paged_attention import (
     paged_attention,
     queries_of_a_tile,
+    splits_of,
     tile_list,
 )
 from phase4_advanced_inference.project13_paged_attention.paged_store import PagedStore
@@ -64,7 +64,7 @@ class PagedPlan:
         self.tables = tables.view(R, M)
         self._sizes = [queries_of_a_tile(s.n_head, s.n_kv_head, s.head_size, s.value_size) for s in specs]
         keys = M * stores[0].page
-        self._splits = [choose_splits(R * spec.n_kv_head, keys, torch.device(device)) for spec in specs]
+        self._splits = [splits_of(R, spec.n_kv_head, keys, torch.device(device)) for spec in specs]
         self._tiles: dict[int, tuple[Tensor, Tensor] | None] = dict.fromkeys(self._sizes)
         for size in self._tiles if not even else ():
             self._tiles[size] = tuple(torch.zeros(2, N // size + R, dtype=torch.int32, device=device))

@@ -98,6 +98,10 @@ class Runner(Batcher):
         landing, self._flight = self._flight, self._launch(step) if step else None
         return self._land(landing) if landing else []
 
+    def forward(self, step: Step) -> Tensor:
+        """The model's part of a step: logits (n_wanted, V). Blocks need no grid, so one plan does for any mix."""
+        return self.decoder.step(step.work, step.tokens)
+
     # -- one step ahead
 
     def _launch(self, step: Step) -> Flight:
@@ -182,7 +186,7 @@ class Runner(Batcher):
         if step is None:
             return []
         self.seat(step)
-        logits = self.decoder.step(step.work, step.tokens)
+        logits = self.forward(step)
         seated = [(request.row, request) for request in step.drawing]
         wanted = [n_wanted for _, _, n_wanted in step.work if n_wanted]
         drafts = [request.draft[: n - 1] for request, n in zip(step.drawing, wanted)]
