@@ -24,7 +24,7 @@ from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
 from phase3_core_inference.project8_kv_cache.generation import SamplingParams, generate
 from phase3_core_inference.project8_kv_cache.rivals import NumberTokenizer, transformers_model
 from phase3_core_inference.project8_kv_cache.stores import bytes_per_token
-from phase4_advanced_inference.project10_prompt_caching.limits import reading_flops
+from phase4_advanced_inference.project10_prompt_caching.prompt_cache import reading_flops
 from phase4_advanced_inference.project11_speculative_decoding.speculation import Speculation
 from phase4_advanced_inference.project12_dynamic_batching.batcher import Batcher
 from phase4_advanced_inference.project13_paged_attention import benchmark_config
@@ -242,10 +242,8 @@ def measure_throughput(report, s, device):
         "": {},
         ", the host not ahead": {"ahead": False},
         ", nothing recorded": {"graphs": False, "ahead": False},
-        ", decode steps compiled": {"compiled": True},
+        **({", decode steps compiled": {"compiled": True}} if s.COMPILED else {}),
     } if device.type == "cuda" else {"": {}, ", one step ahead": {"ahead": True}}  # fmt: skip
-    if not s.COMPILED:
-        modes.pop(", decode steps compiled", None)
     for name, options in modes.items():
         runner, seconds = runner_of(s, model, **options), []
         for _ in range(1 + s.REPEATS):
@@ -330,7 +328,6 @@ def measure_pressure(report, s, device):
     report.row("memory of blocks in use that holds no token, mean over a run", 100 * waste, "%", higher_is_better=False,
                limit=4, limit_name="goal", claim=USE_CLAIM, note=f"pages of {s.PAGE}; worst step "
                f"{100 * max(watch.waste):.1f}%; peak {peak:,} tokens")  # fmt: skip
-    report.series("tokens in the cache", range(len(watch.used)), watch.used)
     budget, rates = peak // 4 // s.PAGE * s.PAGE * token, {}
     capacity = s.LONGEST + s.NEW_TOKENS
     n_slots = max(1, budget // (capacity * token))
