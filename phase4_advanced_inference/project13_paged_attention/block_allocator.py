@@ -8,7 +8,8 @@ This file implements who owns which block of the cache following:
 Each component is explained with paper references for educational purposes.
 """
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -63,19 +64,20 @@ class BlockAllocator:
 
     def share(self, blocks: Sequence[int]) -> None:
         """One owner more for each of these."""
-        self._check(blocks)
+        self._check(dict.fromkeys(blocks, 1))
         np.add.at(self.counts, list(blocks), 1)
 
     def release(self, blocks: Sequence[int]) -> None:
         """One owner less for each of these; blocks without owners are free."""
-        self._check(blocks)
+        self._check(Counter(blocks))
         for block in blocks:
             self.counts[block] -= 1
             if not self.counts[block]:
                 self._free.append(block)
 
-    def _check(self, blocks: Iterable[int]) -> None:
-        for block in blocks:
-            if not 0 <= block < self.n_blocks or not self.counts[block]:
-                raise ValueError(f"block {block} is free, or none of the {self.n_blocks}: it is nobody's to share or "
-                                 f"give back")  # fmt: skip
+    def _check(self, owners: Mapping[int, int]) -> None:
+        """Raise ValueError for a block that has fewer owners than this."""
+        for block, n in owners.items():
+            if not 0 <= block < self.n_blocks or self.counts[block] < n:
+                raise ValueError(f"block {block} is free, or none of the {self.n_blocks}, or has fewer than {n} owners: "
+                                 f"it is nobody's to share or give back")  # fmt: skip

@@ -333,7 +333,8 @@ class PagedCache:
         IMPLEMENTATION: asynchronous copies into pinned memory, in the order of the steps, so that nothing waits.
         WHY: a long text comes back for the price of a copy instead of a prefill.
         """
-        on_gpu, blocks = self.device.type == "cuda", torch.tensor(self.blocks(row), device=self.device)
+        on_gpu, full = self.device.type == "cuda", -(-self.lengths[row] // self.page)  # none that is only reserved
+        blocks = torch.tensor(self.blocks(row)[:full], dtype=torch.long, device=self.device)
         saved = [tuple(x.to("cpu", non_blocking=on_gpu) for x in store.take(blocks)) for store in self.stores]
         swapped = Swapped(self.lengths[row], saved)
         self.free(row)
@@ -343,7 +344,7 @@ class PagedCache:
     def swap_in(self, row: int, swapped: Swapped) -> None:
         """Put a text back into an empty row; raises OutOfBlocks if it does not fit now."""
         self.reserve(row, swapped.length)
-        blocks = torch.tensor(self.blocks(row), device=self.device)
+        blocks = torch.tensor(self.blocks(row), dtype=torch.long, device=self.device)
         for store, pair in zip(self.stores, swapped.layers):
             store.put(blocks, *(x.to(self.device, non_blocking=True) for x in pair))
         self.lengths[row] = swapped.length
