@@ -3,9 +3,10 @@
     uv run python phase4_advanced_inference/project12_dynamic_batching/benchmark.py
     uv run python phase4_advanced_inference/project12_dynamic_batching/benchmark.py --parts rates
 
-checks: whatever the policy, each text is the one that is written alone. timeline: who was in the batch, drawn. rates:
-one trace at several rates of arrival; the throughput that keeps latency below a bound. stalls: the longest waits
-between tokens while long prompts are read. offline: all requests at once. peers: `transformers`' continuous batching.
+checks: whatever the policy, each text is the one that is written alone. timeline: who was in the batch, drawn.
+selective: mixed steps, attention on one grid and by size. rates: one trace at several rates of arrival; the throughput
+that keeps latency below a bound. stalls: the longest waits between tokens while long prompts are read. offline: all
+requests at once. peers: `transformers`' continuous batching.
 
 Three policies: chunks (a budget of tokens a step: Sarathi-Serve), whole prompts (Orca), and static batches. All run the
 same loop with the same kernels. Lengths are log-normal, arrivals Poisson, the loop is open, sampling greedy.
@@ -30,12 +31,13 @@ from common.plots import timeline as draw_timeline
 from common.run import Run
 from phase1_foundation.project3_pretrain.hub import to_huggingface
 from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
-from phase3_core_inference.project8_kv_cache.decoder import FastDecoder
+from phase3_core_inference.project8_kv_cache.decoder import Decoder, FastDecoder
 from phase3_core_inference.project8_kv_cache.generation import SamplingParams, generate
 from phase3_core_inference.project8_kv_cache.rivals import NumberTokenizer
 from phase4_advanced_inference.project12_dynamic_batching import benchmark_config
 from phase4_advanced_inference.project12_dynamic_batching.batcher import Batcher
 from phase4_advanced_inference.project12_dynamic_batching.capacity import GangSlots, Slots
+from phase4_advanced_inference.project12_dynamic_batching.selective import selective_step
 from phase4_advanced_inference.project12_dynamic_batching.traces import Lengths, make_trace, own_params, replay
 
 CLAIM = "36.9× (Orca against FasterTransformer, GPT-3 175B, abstract)"
@@ -201,6 +203,33 @@ def measure_timeline(report, s, bench):
     report.row("32 requests that come over 160 steps, 8 rows: steps until all are done", steps[CHUNKS], "steps",
                peer=steps[STATIC], peer_name=STATIC, higher_is_better=False,
                note=f"rows in use {use[CHUNKS]:.0%}, static {use[STATIC]:.0%}; time counted in steps")  # fmt: skip
+
+
+# -- selective batching
+
+
+@torch.no_grad()
+def measure_selective(report, s, bench):
+    """Mixed steps with one grid for all, and with one for each size of work; nothing is recorded."""
+    model, past = bench.model, s.LONGEST_PROMPT // 4
+    cache = catalog.resolve("caches", s.CACHE)(model.specs, s.N_ROWS, bench.longest, bench.dtype, bench.device)
+    decoder, lengths = Decoder(model, cache), Lengths(s.PROMPT_TOKENS, s.SPREAD, 1, s.LONGEST_PROMPT)
+    chunk, prompts = s.MAX_TOKENS - s.N_ROWS + 1, lengths.draw(8, np.random.default_rng(s.SEED))
+    kinds = {
+        f"{s.N_ROWS - 1} decodes and a chunk of {chunk}": [1] * (s.N_ROWS - 1) + [chunk],
+        f"{min(8, s.N_ROWS)} whole prompts of {min(prompts)} to {max(prompts)}": prompts[: s.N_ROWS],
+    }
+
+    def run(step, sizes):
+        cache.lengths[:] = [past] * s.N_ROWS  # what was not written is zeros: they cost the same
+        step(decoder, [(row, n, 1) for row, n in enumerate(sizes)], [1] * sum(sizes))
+
+    for name, sizes in kinds.items():
+        calls = {step: functools.partial(run, step, sizes) for step in (selective_step, Decoder.step)}
+        timings = measure(calls, s.REPEATS + 2, 2, bench.device)
+        report.row(f"{s.MODEL}, a step of {name}, attention by size", timings[selective_step].median * 1e3, "ms",
+                   peer=timings[Decoder.step].median * 1e3, peer_name="one grid for all", higher_is_better=False,
+                   note=f"behind {past} tokens each")  # fmt: skip
 
 
 # -- rates
@@ -385,6 +414,7 @@ def serve_theirs(theirs, s, bench, trace):
 PARTS = {
     "checks": check,
     "timeline": measure_timeline,
+    "selective": measure_selective,
     "rates": measure_rates,
     "stalls": measure_stalls,
     "offline": measure_offline,

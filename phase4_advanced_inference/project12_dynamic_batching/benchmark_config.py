@@ -6,7 +6,7 @@ import sys
 from common import settings as common_settings
 from common.device import pick_device
 
-_PARTS = ("checks", "timeline", "rates", "stalls", "offline", "peers")
+_PARTS = ("checks", "timeline", "selective", "rates", "stalls", "offline", "peers")
 
 # == Benchmark ==
 DEVICE = pick_device()  # cuda, mps or cpu
