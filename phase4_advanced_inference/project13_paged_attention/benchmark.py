@@ -438,14 +438,8 @@ def measure_first_token(report, s, device):
                    note=f"{times[rate] * 1e3:.1f} ms")  # fmt: skip
 
 
-PARTS = {
-    "checks": check,
-    "kernels": measure_kernels,
-    "throughput": measure_throughput,
-    "pressure": measure_pressure,
-    "sharing": measure_sharing,
-    "first_token": measure_first_token,
-}
+PARTS = {"checks": check, "kernels": measure_kernels, "throughput": measure_throughput, "pressure": measure_pressure,
+         "sharing": measure_sharing, "first_token": measure_first_token}  # fmt: skip
 
 
 if __name__ == "__main__":
