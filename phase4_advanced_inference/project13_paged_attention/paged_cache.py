@@ -8,6 +8,7 @@ This file implements a cache whose rows are made of blocks following:
 Each component is explained with paper references for educational purposes.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -135,9 +136,13 @@ class PagedCache:
     @property
     def waste(self) -> float:
         """The part of the blocks in use by rows that holds no token: places behind the ends of texts."""
-        used = {block for row in range(len(self.lengths)) for block in self.blocks(row)}
-        empty = sum(held * self.page - length for held, length in zip(self.n_held, self.lengths))
-        return empty / (len(used) * self.page) if used else 0.0
+        filled = np.full(self.allocator.n_blocks, -1)  # places of each block, -1 where no row uses it
+        for row, length in enumerate(self.lengths):
+            blocks = self.tables[row, : self.n_held[row]]
+            here = np.clip(length - np.arange(len(blocks)) * self.page, 0, self.page)
+            filled[blocks] = np.maximum(filled[blocks], here)  # of those that share it, the longest counts
+        used = filled[filled >= 0]
+        return 1 - float(used.mean()) / self.page if len(used) else 0.0
 
     # -- blocks of a row
 
@@ -170,6 +175,10 @@ class PagedCache:
         """
         if self.lengths[row] + n <= self._reserved[row]:
             return
+        self._check_row(row)
+        if self.lengths[row] + n > self.capacity:
+            raise ValueError(f"row {row} holds {self.lengths[row]} tokens, and {n} more exceed capacity="
+                             f"{self.capacity}: build the cache with more capacity")  # fmt: skip
         missing = self.missing(row, n)
         if missing > self.allocator.n_free:
             raise OutOfBlocks(f"row {row} needs {missing} blocks for {n} tokens more, and {self.allocator.n_free} are "
@@ -190,6 +199,15 @@ class PagedCache:
         for store in self.stores:
             store.put(target, *store.take(source))
 
+    def _check_row(self, row: int) -> None:
+        if not 0 <= row < len(self.lengths):
+            raise ValueError(f"row {row} is unknown: this cache has the rows 0 to {len(self.lengths) - 1}")
+
+    def _check_empty(self, row: int) -> None:
+        self._check_row(row)
+        if self.n_held[row]:
+            raise ValueError(f"row {row} holds {self.n_held[row]} blocks: free it first")
+
     def _append(self, row: int, blocks: Sequence[int]) -> None:
         held = self.n_held[row]
         self.tables[row, held : held + len(blocks)] = blocks
@@ -197,9 +215,10 @@ class PagedCache:
 
     def adopt(self, row: int, blocks: Sequence[int]) -> None:
         """Let an empty row begin with these blocks, which are full and stay shared with whoever has them."""
-        if self.n_held[row] or len(blocks) > self.n_most:
-            raise ValueError(f"row {row} holds {self.n_held[row]} blocks: free it first (and give at most "
-                             f"{self.n_most})")  # fmt: skip
+        self._check_empty(row)
+        if len(blocks) * self.page > self.capacity:
+            raise ValueError(f"{len(blocks)} blocks of {self.page} tokens exceed capacity={self.capacity}: give at "
+                             f"most {self.capacity // self.page}")  # fmt: skip
         self.allocator.share(blocks)
         self._append(row, blocks)
         self.lengths[row] = self._reserved[row] = len(blocks) * self.page
@@ -214,10 +233,11 @@ class PagedCache:
         IMPLEMENTATION: one reference more for each block, and the same table; `reserve` does the rest.
         WHY: several answers to one prompt cost the memory of the answers.
         """
-        if self.n_held[target]:
-            raise ValueError(f"row {target} holds {self.n_held[target]} blocks: free it first")
-        self.allocator.share(self.blocks(row))
-        self._append(target, self.blocks(row))
+        self._check_row(row)
+        self._check_empty(target)
+        blocks = self.blocks(row)[: -(-self.lengths[row] // self.page)]  # those only reserved stay the row's own
+        self.allocator.share(blocks)
+        self._append(target, blocks)
         self.lengths[target] = self._reserved[target] = self._reserved[row] = self.lengths[row]
 
     def truncate(self, row: int, length: int) -> None:
@@ -256,6 +276,8 @@ class PagedCache:
         """Take the blocks of all rows, or of none."""
         needs = [(row, n) for row, n, _ in work if self.lengths[row] + n > self._reserved[row]]
         total = sum(self.missing(row, n) for row, n in needs)
+        ends = Counter(self.tables[row, self.lengths[row] // self.page] for row, _ in needs if self._shares_end(row))
+        total -= sum(n == self.allocator.counts[block] for block, n in ends.items())  # the last owner copies nothing
         if total > self.allocator.n_free:
             raise OutOfBlocks(f"this step needs {total} blocks more, and {self.allocator.n_free} are free: free a row, "
                               f"or give the cache more blocks")  # fmt: skip
@@ -282,7 +304,9 @@ class PagedCache:
 
     def rows_of(self, n: int) -> int:
         """The number of rows that n are filled up to: so few sizes that code can be recorded for each."""
-        return min(power_of_two(n) if n < 8 else self.round_rows(n, 8), len(self.lengths))
+        # Roundings are made for keys, whose steps are of 64: in steps of 8 for rows.
+        rounded = power_of_two(n) if n < 8 else -(-self.round_rows(8 * n) // 8)
+        return min(max(n, rounded), len(self.lengths))
 
     def _find(self, shape: Shape, even: bool) -> PagedPlan:
         """The plan of this shape: the same one each time, unless it was not needed for long."""
@@ -314,8 +338,9 @@ class PagedCache:
         """Append tokens whose keys and values are known, as `read_tokens` gives them, without a forward."""
         if len(layers) != len(self.stores):
             raise ValueError(f"keys and values of {len(layers)} layers for a cache of {len(self.stores)}")
-        start, n = self.lengths[row], layers[0][0].shape[0]
+        n = layers[0][0].shape[0]
         check_work([(row, n, 0)], self.lengths, self.capacity)
+        start = self.lengths[row]
         self.reserve(row, n)
         slots = self._slots(row, start, start + n)
         for store, (k, v) in zip(self.stores, layers):
@@ -333,6 +358,7 @@ class PagedCache:
         IMPLEMENTATION: asynchronous copies into pinned memory, in the order of the steps, so that nothing waits.
         WHY: a long text comes back for the price of a copy instead of a prefill.
         """
+        self._check_row(row)
         on_gpu, full = self.device.type == "cuda", -(-self.lengths[row] // self.page)  # none that is only reserved
         blocks = torch.tensor(self.blocks(row)[:full], dtype=torch.long, device=self.device)
         saved = [tuple(x.to("cpu", non_blocking=on_gpu) for x in store.take(blocks)) for store in self.stores]
@@ -343,6 +369,7 @@ class PagedCache:
     @torch.no_grad()
     def swap_in(self, row: int, swapped: Swapped) -> None:
         """Put a text back into an empty row; raises OutOfBlocks if it does not fit now."""
+        self._check_empty(row)
         self.reserve(row, swapped.length)
         blocks = torch.tensor(self.blocks(row), dtype=torch.long, device=self.device)
         for store, pair in zip(self.stores, swapped.layers):

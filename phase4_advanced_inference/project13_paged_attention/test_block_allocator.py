@@ -3,12 +3,13 @@
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from phase4_advanced_inference.project13_paged_attention.block_allocator import BlockAllocator, OutOfBlocks
 
 SIZE = 7
 some_blocks = st.lists(st.integers(-1, SIZE), max_size=5)
+places = st.lists(st.integers(0, 99), min_size=1, max_size=5)
 
 
 class Books(RuleBasedStateMachine):
@@ -18,12 +19,24 @@ class Books(RuleBasedStateMachine):
         super().__init__()
         self.allocator, self.owners = BlockAllocator(SIZE), dict.fromkeys(range(SIZE), 0)
 
+    def refuse(self, call, *arguments, error=ValueError, match="nobody's to share"):
+        """It is refused, and nothing has changed, not even what is given out next."""
+        before = self.allocator.counts.tolist(), self.allocator._free[:]
+        with pytest.raises(error, match=match):
+            call(*arguments)
+        assert before == (self.allocator.counts.tolist(), self.allocator._free)
+
+    def owned(self, places):
+        """Blocks that somebody has, some of them perhaps several times."""
+        taken = [block for block, count in self.owners.items() if count]
+        return [taken[place % len(taken)] for place in places]
+
     @rule(n=st.integers(0, SIZE + 1))
     def allocate(self, n):
         free = [block for block, count in self.owners.items() if not count]
         if n > len(free):
-            with pytest.raises(OutOfBlocks, match=f"{n} blocks were asked for, and {len(free)} of {SIZE}"):
-                self.allocator.allocate(n)
+            said = f"{n} blocks were asked for, and {len(free)} of {SIZE}"
+            self.refuse(self.allocator.allocate, n, error=OutOfBlocks, match=said)
             return
         blocks = self.allocator.allocate(n)
         assert len(set(blocks)) == n and set(blocks) <= set(free)
@@ -32,8 +45,7 @@ class Books(RuleBasedStateMachine):
     @rule(blocks=some_blocks)
     def share(self, blocks):
         if any(not self.owners.get(block) for block in blocks):
-            with pytest.raises(ValueError, match="nobody's to share"):
-                self.allocator.share(blocks)
+            self.refuse(self.allocator.share, blocks)
             return
         self.allocator.share(blocks)
         for block in blocks:
@@ -42,15 +54,37 @@ class Books(RuleBasedStateMachine):
     @rule(blocks=some_blocks)
     def release(self, blocks):
         if any(blocks.count(block) > self.owners.get(block, 0) for block in blocks):
-            with pytest.raises(ValueError, match="nobody's to share"):
-                self.allocator.release(blocks)
+            self.refuse(self.allocator.release, blocks)
             return
         self.allocator.release(blocks)
         for block in blocks:
             self.owners[block] -= 1
 
+    @precondition(lambda self: any(self.owners.values()))
+    @rule(places=places, releases=st.booleans())
+    def share_or_release_owned(self, places, releases):
+        (self.release if releases else self.share)(self.owned(places))
+
+    @precondition(lambda self: any(self.owners.values()))
+    @rule(places=places, bad=st.sampled_from(["free", -1, SIZE, 10 * SIZE]), at=st.integers(0, 5))
+    def a_wrong_one_anywhere_spoils_all(self, places, bad, at):
+        blocks, free = self.owned(places), self.allocator._free
+        if bad == "free" and not free:
+            return
+        blocks.insert(at, free[at % len(free)] if bad == "free" else bad)
+        self.refuse(self.allocator.share, blocks)
+        self.refuse(self.allocator.release, blocks)
+
+    @precondition(lambda self: any(self.owners.values()))
+    @rule(places=places)
+    def more_often_than_it_has_owners(self, places):
+        blocks = self.owned(places)
+        self.refuse(self.allocator.release, blocks + [blocks[0]] * self.owners[blocks[0]])
+
     @invariant()
     def the_books_are_right(self):
+        free = [block for block, count in self.owners.items() if not count]
+        assert sorted(self.allocator._free) == free
         assert [self.allocator.references(block) for block in range(SIZE)] == list(self.owners.values())
         assert self.allocator.n_free == list(self.owners.values()).count(0)
 
@@ -66,9 +100,22 @@ def test_what_was_given_back_is_given_out_again():
     assert allocator.allocate() == blocks[1:2]
 
 
-def test_no_blocks_at_all_are_refused():
-    with pytest.raises(ValueError, match="more memory"):
-        BlockAllocator(0)
+def test_one_owner_cannot_give_a_block_back_twice():
+    allocator = BlockAllocator(3)
+    one, other = allocator.allocate(2)
+    with pytest.raises(ValueError, match=f"block {one} .* has not 2 owners"):
+        allocator.release([one, other, one])
+    assert allocator.n_free == 1 and allocator.references(one) == allocator.references(other) == 1
+    allocator.share([one, one])  # twice at once: two owners more
+    assert allocator.references(one) == 3
+    allocator.release([one, other, one, one])
+    assert allocator.n_free == 3
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_no_blocks_at_all_are_refused(n):
+    with pytest.raises(ValueError, match=f"n_blocks={n} must be at least 1: give the cache more memory"):
+        BlockAllocator(n)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from phase1_foundation.project3_pretrain.layers import Attention
 from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
 from phase3_core_inference.project8_kv_cache.decoder import Decoder, FastDecoder
+from phase3_core_inference.project8_kv_cache.work import octaves, quarter_octaves
 from phase4_advanced_inference.project13_paged_attention.block_allocator import OutOfBlocks
-from phase4_advanced_inference.project13_paged_attention.paged_cache import PagedCache
+from phase4_advanced_inference.project13_paged_attention.paged_cache import PagedCache, Swapped
 
 V, LONG = 61, 48
 SMALL = {"vocab_size": V, "block_size": LONG, "n_layer": 2, "n_head": 4, "n_embd": 32}
@@ -90,6 +92,56 @@ def test_a_fork_shares_all_blocks_until_it_writes_and_copies_one():
     assert torch.allclose(second, model(branch)[10:20], atol=1e-4)
 
 
+@pytest.mark.parametrize("page", [1, 4, 16])
+@pytest.mark.parametrize("name", ["gpt2", "windows"])
+def test_branches_go_on_as_if_alone_and_outlive_their_root(name, page):
+    """Three endings of a text, which end in a full block or not, in one step together; one is cut back first."""
+    model, texts = MODELS[name], sequences_of(4, seed=3)
+    for length in (16, 18):
+        cache = PagedCache(model.specs, 4, LONG, page=page)
+        decoder, whole = Decoder(model, cache), -(-length // page)
+        decoder.step([(3, length, 0)], texts[3, :length].tolist())
+        for row in (0, 1, 2):
+            cache.fork(3, row)
+        assert cache.allocator.n_free == cache.allocator.n_blocks - whole
+        cache.truncate(2, 5)  # into what all share
+        kept = {0: length, 1: length, 2: 5}
+        branches = {row: torch.cat((texts[3, : kept[row]], texts[row, kept[row] :])) for row in kept}
+        exact, free = {row: model(branches[row]) for row in kept}, cache.allocator.n_free
+        for step in range(20):
+            work = [(row, 1, 1) for row in (2, 0, 1)]
+            logits = decoder.step(work, [int(branches[row][kept[row] + step]) for row, _, _ in work])
+            for got, (row, _, _) in zip(logits, work):
+                assert torch.allclose(got, exact[row][kept[row] + step], atol=1e-4), (row, step)
+            if step == 0:  # a copy, or where the last block is full a new one, each
+                assert cache.allocator.n_free == free - 3
+            if step == 9:
+                assert cache.blocks(3)[: length // page] == cache.blocks(0)[: length // page]
+                cache.free(3)
+        for row in kept:
+            cache.free(row)
+        assert cache.allocator.n_free == cache.allocator.n_blocks
+
+
+def test_what_is_only_reserved_is_not_shared_by_a_fork():
+    """Else both would write there: only the block in which a row ends is asked for owners."""
+    cache = PagedCache(MODELS["gpt2"].specs, 2, LONG, page=4)
+    cache.plan([(0, 2, 0)])
+    cache.reserve(0, 10)
+    cache.fork(0, 1)
+    cache.plan([(0, 10, 0), (1, 10, 0)])
+    assert not set(cache.blocks(0)) & set(cache.blocks(1)) and cache.allocator.counts.max() == 1
+
+
+def test_the_last_owner_of_a_block_needs_no_copy():
+    cache = PagedCache(MODELS["gpt2"].specs, 3, LONG, page=4, n_blocks=3)
+    cache.plan([(0, 2, 0)])
+    cache.fork(0, 1)
+    cache.fork(0, 2)
+    cache.plan([(0, 1, 1), (1, 1, 1), (2, 1, 1)])  # two copies, and two blocks are free
+    assert sorted(cache.blocks(0) + cache.blocks(1) + cache.blocks(2)) == [0, 1, 2]
+
+
 def test_full_blocks_are_adopted_and_swapped_and_copied():
     model, (text, _) = MODELS["gpt2"], sequences_of(2)
     exact, cache = model(text), PagedCache(MODELS["gpt2"].specs, 3, LONG, page=4)
@@ -118,6 +170,101 @@ def test_plans_of_one_shape_return_and_padding_goes_to_the_spare_block():
     assert mixed.returns and not mixed.short and mixed.shape[:3] == (64, 5, 5)
     assert mixed.begins.tolist() == [0, 20, 21, 21, 21, 21]
     assert cache.plan([(2, 3, 0), (3, 2, 1)]) is mixed
+
+
+@pytest.mark.parametrize("page", [1, 4, 16])
+@pytest.mark.parametrize("name", SHAPES)
+def test_padding_changes_no_block_but_the_spare_one(name, page):
+    """Recorded over padded plans, or step by step over exact ones: the same logits, and few shapes."""
+    model, texts, rng = MODELS[name], sequences_of(6, seed=5), random.Random(page)
+    padded = PagedCache(model.specs, 6, LONG, page=page, padded=True)
+    plain, fast = Decoder(model, PagedCache(model.specs, 6, LONG, page=page)), FastDecoder(model, padded, graphs=True)
+    shapes = set()
+    while min(padded.lengths) < LONG:
+        rows = [row for row in range(6) if padded.lengths[row] < LONG]
+        work, longest = [], rng.choice([1, 1, 2, 17])
+        for row in rng.sample(rows, rng.randint(1, len(rows))):
+            n = min(longest if rng.random() < 0.8 else 4, LONG - padded.lengths[row])
+            work.append((row, n, rng.choice([1, n])))
+        tokens = [int(texts[row, padded.lengths[row] + j]) for row, n, _ in work for j in range(n)]
+        plan, before = padded.plan(work, tokens), [store.keys.clone() for store in padded.stores]
+        logits = fast.run(plan, plan.tokens)
+        assert logits.shape == (plan.shape.n_wanted, V)
+        assert torch.allclose(logits[: plan.n_wanted], plain.step(work, tokens), atol=1e-4)
+        written = {*plan.slots[: plan.n_tokens].tolist(), padded.allocator.n_blocks * page}
+        for store, keys in zip(padded.stores, before):
+            assert set((store.keys != keys).flatten(1).any(1).nonzero().flatten().tolist()) <= written
+        shapes |= {plan.shape} if plan.returns else set()
+    assert padded.lengths == plain.cache.lengths and len(shapes) == len(fast._steps) <= 24
+
+
+def test_what_others_left_is_not_read():
+    """Not even nan, in blocks that were freed or in the one for padding, which a mask alone would let through."""
+    for padded, (name, model) in ((padded, item) for padded in (False, True) for item in MODELS.items()):
+        text, cache = sequences_of(1)[0], PagedCache(model.specs, 5, LONG, page=4, padded=padded)
+        for store in cache.stores:
+            store.keys.fill_(torch.nan)
+            store.values.fill_(torch.nan)
+        decoder = FastDecoder(model, cache)
+        for n in (7, 1, 1, 2, 20, 1):
+            at = cache.lengths[1]
+            work = [(row, n, n) for row in (1, 4, 2)]  # three rows: a fourth is padding
+            logits = decoder.step(work, 3 * text[at : at + n].tolist()).unflatten(0, (3, n))
+            assert torch.allclose(logits, model(text)[at : at + n].expand_as(logits), atol=1e-4), (name, padded, n)
+
+
+def test_values_of_another_size_than_keys():
+    class Narrow(Attention):
+        def __init__(self, config, layer, rotation):
+            super().__init__(config, layer, rotation)
+            self.spec = type(self.spec)(**{**self.spec.__dict__, "value_size": 4})
+            self.v_proj = torch.nn.Linear(config.n_embd, config.n_kv_head * 4, bias=False)
+            self.o_proj = torch.nn.Linear(config.n_head * 4, config.n_embd, bias=False)
+
+    model = Transformer(SHAPES["grouped"], attention=Narrow).eval().requires_grad_(False)
+    cache, text = PagedCache(model.specs, 3, LONG, page=4), sequences_of(1)[0]
+    Decoder(model, cache).step([(0, 18, 0)], text[:18].tolist())
+    cache.fork(0, 1)
+    cache.swap_in(2, cache.swap_out(0))
+    cache.append_tokens(0, cache.read_tokens(2, 0, 18))
+    assert cache.nbytes == cache.allocator.n_blocks * cache.block_bytes
+    for row in range(3):
+        assert torch.allclose(logits_of(model, cache, row, text[18:30]), model(text)[18:30], atol=1e-4)
+
+
+@pytest.mark.parametrize("round_keys", [lambda n: -(-n // 48) * 48, quarter_octaves, octaves])
+def test_rows_are_filled_up_to_few_numbers(round_keys):
+    """By any rounding that is made for keys: it takes one number."""
+    cache = PagedCache(MODELS["gpt2"].specs, 100, LONG, n_blocks=100, padded=True, round_keys=round_keys)
+    sizes = [cache.rows_of(n) for n in range(1, 101)]
+    assert all(n <= size <= min(max(8, 2 * n), 100) for n, size in enumerate(sizes, 1)) and sizes == sorted(sizes)
+    assert len(set(sizes)) < 25 and cache.plan([(row, 1, 1) for row in range(9)]).shape.n_rows == sizes[8]
+
+
+def test_plans_that_were_not_needed_for_long_are_forgotten():
+    cache = PagedCache(MODELS["gpt2"].specs, 1, LONG, page=4)
+    first = cache.plan([(0, 1, 1)])
+    for n in range(2, 11):
+        assert cache.keeps(first) == (n < 10)
+        cache.free(0)
+        cache.plan([(0, n, 1)])
+    cache.free(0)
+    assert cache.plan([(0, 1, 1)]) is not first and not cache.keeps(first)
+
+
+def test_waste_counts_a_shared_block_once():
+    cache = PagedCache(MODELS["gpt2"].specs, 3, LONG, page=4)
+    assert cache.waste == 0
+    cache.plan([(0, 5, 0)])
+    assert cache.waste == pytest.approx(3 / 8)
+    cache.fork(0, 1)
+    assert cache.waste == pytest.approx(3 / 8)
+    cache.truncate(1, 3)  # the other still fills the block
+    assert cache.waste == pytest.approx(3 / 8)
+    cache.reserve(2, 4)
+    assert cache.waste == pytest.approx(7 / 12)
+    cache.free(0)
+    assert cache.waste == pytest.approx(5 / 8)
 
 
 def test_memory_that_ends_changes_nothing():
@@ -151,6 +298,24 @@ def test_memory_that_ends_changes_nothing():
         (lambda c: c.append_tokens(1, []), "of 0 layers"),
         (lambda c: c.adopt(0, c.blocks(0)), "free it first"),
         (lambda c: c.fork(0, 0), "free it first"),
+        (lambda c: c.fork(0, 2), "row 2 is unknown: this cache has the rows 0 to 1"),
+        (lambda c: c.fork(-2, 1), "row -2 is unknown"),
+        (lambda c: c.adopt(-1, c.blocks(0)), "row -1 is unknown"),
+        (lambda c: c.adopt(1, [0] * 13), "13 blocks of 4 tokens exceed capacity=48: give at most 12"),
+        (lambda c: c.adopt(1, [*c.blocks(0), 20]), "block 20 is free"),
+        (lambda c: c.adopt(1, [24]), "block 24 is free, or none of the 24"),
+        (lambda c: c.reserve(1, LONG + 1), "49 more exceed capacity=48"),
+        (lambda c: c.reserve(-1, 1), "row -1 is unknown"),
+        (lambda c: c.append_tokens(2, c.read_tokens(0, 0, 8)), "row 2 is unknown"),
+        (lambda c: c.append_tokens(0, c.read_tokens(0, 3, 3)), "n_new=0 must be at least 1"),
+        (lambda c: c.read_tokens(-1, 0, 0), "not in this cache"),
+        (lambda c: c.swap_out(2), "row 2 is unknown"),
+        (lambda c: c.swap_out(-1), "row -1 is unknown"),
+        (lambda c: c.swap_in(0, Swapped(4, c.stores)), "row 0 holds 2 blocks: free it first"),
+        (lambda c: c.free(2), "rows go from 0 to 1"),
+        (lambda c: c.plan([(0, 1, 1), (2, 1, 1)]), "row 2 is unknown"),
+        (lambda c: c.plan([(1, 1, 1), (0, 41, 0)]), "row 0 holds 8 tokens, and 41 more exceed capacity=48"),
+        (lambda c: PagedCache(c.specs, 1, 8, page=0), "page=0 must be a power of two"),
     ],
 )
 def test_what_cannot_be_is_refused(call, said):
@@ -161,93 +326,186 @@ def test_what_cannot_be_is_refused(call, said):
     assert cache.lengths == [8, 0] and cache.allocator.n_free == cache.allocator.n_blocks - 2
 
 
+ROWS = 4
+rows = st.integers(0, ROWS - 1)
+
+
 class Shelves(RuleBasedStateMachine):
-    """Rows of one small layer, in which numbers are written that can be told apart, and what they should hold."""
+    """Rows of one small layer, in which numbers are written that can be told apart, and what they should hold.
 
-    def __init__(self):
-        super().__init__()
-        self.specs = MODELS["gpt2"].specs[:1]
-        self.cache, self.held, self.boxes = (
-            PagedCache(self.specs, 4, LONG, page=4, n_blocks=14),
-            [[] for _ in "1234"],
-            [],
-        )
-        self.next = 1.0
+    A library keeps full blocks of rows beside them, as the tree of beginnings does.
+    """
 
-    def write(self, work):
-        plan = self.cache.plan(work)
-        spec, n = self.specs[0], plan.n_tokens
-        numbers = torch.arange(self.next, self.next + n)
-        shape = (n, spec.n_kv_head, spec.head_size)
-        self.cache.stores[0].write(
-            plan.slots[:n], numbers.view(-1, 1, 1).expand(shape), numbers.view(-1, 1, 1).expand(shape)
-        )
-        at = 0
-        for row, m, _ in work:
-            self.held[row] += numbers[at : at + m].tolist()
-            at += m
+    @initialize(page=st.sampled_from([1, 4, 4, 16]))
+    def begin(self, page):
+        self.specs, self.page = MODELS["gpt2"].specs[:1], page
+        self.n_blocks = 56 // page + 1
+        self.cache = PagedCache(self.specs, ROWS, LONG, page=page, n_blocks=self.n_blocks)
+        self.held, self.next = [[] for _ in range(ROWS)], 1.0
+        self.boxes, self.library = [], []  # (box, numbers), (blocks, numbers)
+
+    def state(self):
+        """All that must be as it was when something is refused."""
+        c = self.cache
+        tables = [c.blocks(row) for row in range(ROWS)]
+        return c.lengths[:], c.n_held[:], c._reserved[:], tables, c.allocator.counts.tolist(), c.allocator._free[:]
+
+    def try_to(self, call, needed):
+        """Whether it could be done: exactly if as many blocks are free as it needs; else nothing has changed."""
+        before, keys = self.state(), self.cache.stores[0].keys.clone()
+        if needed > self.cache.allocator.n_free:
+            with pytest.raises(OutOfBlocks, match="free a row"):
+                call()
+            assert before == self.state() and torch.equal(keys, self.cache.stores[0].keys)
+            return False
+        call()
+        assert self.cache.allocator.n_free == len(before[-1]) - needed
+        return True
+
+    def needed(self, work):
+        """Blocks behind the ends of rows, and copies: of a block with so many owners all but one take their own."""
+        c, new, writers = self.cache, 0, []
+        for row, n, _ in work:
+            blocks = c.blocks(row)
+            new += max(0, -(-(c.lengths[row] + n) // self.page) - len(blocks))
+            writers += blocks[c.lengths[row] // self.page :][:1]
+        return new + sum(min(writers.count(b), c.allocator.references(b) - 1) for b in set(writers))
+
+    def numbers(self, n):
+        """So many new ones, as keys or values of the layer."""
+        spec, values = self.specs[0], torch.arange(self.next, self.next + n)
         self.next += n
+        return values.tolist(), values.view(n, 1, 1).expand(n, spec.n_kv_head, spec.head_size)
 
-    @rule(news=st.lists(st.integers(0, 6), min_size=4, max_size=4))
-    def grow(self, news):
-        work = [(row, n, 0) for row, n in enumerate(news) if n and len(self.held[row]) + n <= LONG]
-        before = self.cache.allocator.counts.copy()
-        try:
-            if work:
-                self.write(work)
-        except OutOfBlocks:
-            assert (before == self.cache.allocator.counts).all()
+    @rule(
+        news=st.permutations(range(ROWS)).flatmap(
+            lambda order: st.tuples(*(st.tuples(st.just(row), st.sampled_from([0, 1, 1, 5, 17])) for row in order))
+        )
+    )
+    def write(self, news):
+        work = [(row, n, 0) for row, n in news if n and len(self.held[row]) + n <= LONG]
+        plans, before = [], [self.cache.blocks(row) for row in range(ROWS)]
+        if not work or not self.try_to(lambda: plans.append(self.cache.plan(work)), self.needed(work)):
+            return
+        plan = plans[0]
+        assert (self.cache.allocator.counts[plan.slots // self.page] == 1).all()  # nobody else reads what is written
+        values, written = self.numbers(plan.n_tokens)
+        self.cache.stores[0].write(plan.slots[: plan.n_tokens], written, -written)
+        for row, n, _ in work:
+            full = len(self.held[row]) // self.page
+            assert self.cache.blocks(row)[:full] == before[row][:full]
+            self.held[row] += values[:n]
+            del values[:n]
 
-    @rule(row=st.integers(0, 3), part=st.floats(0, 1))
+    @rule(row=rows, n=st.sampled_from([0, 1, 9, 20]))
+    def reserve(self, row, n):
+        if len(self.held[row]) + n <= LONG:
+            needed = self.cache.missing(row, n)
+            assert needed == (self.needed([(row, n, 0)]) if n else 0)
+            self.try_to(lambda: self.cache.reserve(row, n), needed)
+            assert self.cache.missing(row, n) == 0 or needed > self.cache.allocator.n_free
+
+    @rule(row=rows, other=rows, n=st.integers(1, 9))
+    def append(self, row, other, n):
+        """Append to a row what another one begins with."""
+        n = min(n, len(self.held[other]), LONG - len(self.held[row]))
+        if n:
+            read = self.cache.read_tokens(other, 0, n)
+            if self.try_to(lambda: self.cache.append_tokens(row, read), self.needed([(row, n, 0)])):
+                self.held[row] += self.held[other][:n]
+
+    @rule(row=rows, part=st.floats(0, 1))
     def truncate(self, row, part):
         length = int(part * len(self.held[row]))
         self.cache.truncate(row, length)
         del self.held[row][length:]
+        assert self.cache.n_held[row] == -(-length // self.page)
 
-    @rule(row=st.integers(0, 3), other=st.integers(0, 3))
+    @rule(row=rows)
+    def free(self, row):
+        self.truncate(row, 0)
+
+    def into(self, row, call):
+        """Whether something was put into a row: it must be empty."""
+        if self.cache.n_held[row]:
+            before = self.state()
+            with pytest.raises(ValueError, match="free it first"):
+                call()
+            assert before == self.state()
+            return False
+        return call is not None
+
+    @rule(row=rows, other=rows)
     def fork(self, row, other):
-        if not self.held[other] and row != other:
-            self.cache.fork(row, other)
+        if self.into(other, lambda: self.cache.fork(row, other)):
+            self.try_to(lambda: self.cache.fork(row, other), 0)
             self.held[other] = list(self.held[row])
+            assert self.cache.blocks(other) == self.cache.blocks(row)[: self.cache.n_held[other]]
 
-    @rule(row=st.integers(0, 3), other=st.integers(0, 3), n=st.integers(1, 4))
-    def adopt(self, row, other, n):
-        n = min(n, len(self.held[row]) // 4)
-        if not self.held[other] and row != other:
-            self.cache.adopt(other, self.cache.blocks(row)[:n])
-            self.held[other] = self.held[row][: 4 * n]
+    @rule(row=rows, n=st.integers(1, 9))
+    def keep(self, row, n):
+        n = min(n, len(self.held[row]) // self.page)
+        blocks = self.cache.blocks(row)[:n]
+        self.cache.allocator.share(blocks)
+        self.library.append((blocks, self.held[row][: n * self.page]))
 
-    @rule(row=st.integers(0, 3))
+    @rule(row=rows, at=st.integers(0, 99))
+    def adopt(self, row, at):
+        if self.library:
+            blocks, numbers = self.library[at % len(self.library)]
+            if self.into(row, lambda: self.cache.adopt(row, blocks)):
+                self.try_to(lambda: self.cache.adopt(row, blocks), 0)
+                self.held[row] = list(numbers)
+
+    @rule(at=st.integers(0, 99))
+    def forget(self, at):
+        if self.library:
+            self.cache.allocator.release(self.library.pop(at % len(self.library))[0])
+
+    @rule(row=rows)
     def pack(self, row):
-        self.boxes.append((self.cache.swap_out(row), self.held[row]))
+        box = self.cache.swap_out(row)
+        assert box.nbytes == -(-len(self.held[row]) // self.page) * self.cache.block_bytes
+        self.boxes.append((box, self.held[row]))
         self.held[row] = []
 
-    @rule(row=st.integers(0, 3))
-    def unpack(self, row):
-        if self.boxes and not self.held[row]:
-            box, numbers = self.boxes[-1]
-            try:
-                self.cache.swap_in(row, box)
+    @rule(row=rows, at=st.integers(0, 99))
+    def unpack(self, row, at):
+        if self.boxes:
+            box, numbers = self.boxes[at % len(self.boxes)]
+            needed = -(-len(numbers) // self.page)
+            if self.into(row, lambda: self.cache.swap_in(row, box)) and self.try_to(
+                lambda: self.cache.swap_in(row, box), needed
+            ):
                 self.held[row] = list(numbers)
-                self.boxes.pop()
-            except OutOfBlocks:
-                pass
+                self.boxes.pop(at % len(self.boxes))
 
     @invariant()
     def everything_is_where_it_should_be(self):
-        owners = [0] * 14
+        if not hasattr(self, "cache"):
+            return
+        c, owners, filled = self.cache, [0] * self.n_blocks, {}
+        assert c.lengths == [len(numbers) for numbers in self.held]
         for row, numbers in enumerate(self.held):
-            assert self.cache.lengths[row] == len(numbers) and self.cache.n_held[row] >= -(-len(numbers) // 4)
-            for block in self.cache.blocks(row):
+            blocks = c.blocks(row)
+            assert len(set(blocks)) == len(blocks) >= -(-len(numbers) // self.page)
+            for i, block in enumerate(blocks):
                 owners[block] += 1
-            if numbers:
-                ((k, v),) = self.cache.read_tokens(row, 0, len(numbers))
-                assert k[:, 0, 0].tolist() == numbers == v[:, -1, -1].tolist()
-        assert owners == self.cache.allocator.counts.tolist() and owners.count(0) == self.cache.allocator.n_free
+                filled.setdefault(block, set()).update(range(len(numbers[i * self.page :][: self.page])))
+            ((k, v),) = c.read_tokens(row, 0, len(numbers))
+            assert k[:, 0, 0].tolist() == numbers == (-v[:, -1, -1]).tolist()
+        for blocks, numbers in self.library:
+            for block in blocks:
+                owners[block] += 1
+            k, _ = c.stores[0].take(torch.tensor(blocks, dtype=torch.long))
+            assert k[:, :, 0, 0].flatten().tolist() == numbers
+        assert owners == c.allocator.counts.tolist() and owners.count(0) == c.allocator.n_free
+        places = sum(map(len, filled.values())) / (len(filled) * self.page) if filled else 1
+        assert c.waste == pytest.approx(1 - places)
 
 
 TestShelves = Shelves.TestCase
-TestShelves.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestShelves.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 
 
 if __name__ == "__main__":
