@@ -135,9 +135,12 @@ class PagedCache:
     @property
     def waste(self) -> float:
         """The part of the blocks in use by rows that holds no token: places behind the ends of texts."""
-        used = {block for row in range(len(self.lengths)) for block in self.blocks(row)}
-        empty = sum(held * self.page - length for held, length in zip(self.n_held, self.lengths))
-        return empty / (len(used) * self.page) if used else 0.0
+        filled: dict[int, int] = {}  # a block that is shared is as full as the longest text in it
+        for row, length in enumerate(self.lengths):
+            for place, block in enumerate(self.blocks(row)):
+                tokens = min(max(length - place * self.page, 0), self.page)
+                filled[block] = max(filled.get(block, 0), tokens)
+        return 1 - sum(filled.values()) / (len(filled) * self.page) if filled else 0.0
 
     # -- blocks of a row
 
@@ -168,8 +171,10 @@ class PagedCache:
             taken, or found to be the row's own, is its to fill: no need to ask again for each token.
         WHY: texts that begin alike share all whole blocks for good, and part where they differ.
         """
+        self._check_row(row)
         if self.lengths[row] + n <= self._reserved[row]:
             return
+        check_work([(row, n, 0)], self.lengths, self.capacity)
         missing = self.missing(row, n)
         if missing > self.allocator.n_free:
             raise OutOfBlocks(f"row {row} needs {missing} blocks for {n} tokens more, and {self.allocator.n_free} are "
@@ -177,9 +182,9 @@ class PagedCache:
         at = self.lengths[row] // self.page
         if self._shares_end(row):
             old, new = int(self.tables[row, at]), self.allocator.allocate()[0]
-            self._copy_block(old, new)
-            self.allocator.release([old])
             self.tables[row, at] = new
+            self.allocator.release([old])  # before the copy, so that no block is lost if that fails
+            self._copy_block(old, new)
             missing -= 1
         self._append(row, self.allocator.allocate(missing))
         self._reserved[row] = self.n_held[row] * self.page
@@ -197,9 +202,10 @@ class PagedCache:
 
     def adopt(self, row: int, blocks: Sequence[int]) -> None:
         """Let an empty row begin with these blocks, which are full and stay shared with whoever has them."""
-        if self.n_held[row] or len(blocks) > self.n_most:
-            raise ValueError(f"row {row} holds {self.n_held[row]} blocks: free it first (and give at most "
-                             f"{self.n_most})")  # fmt: skip
+        self._check_empty(row)
+        if len(blocks) * self.page > self.capacity:
+            raise ValueError(f"{len(blocks)} full blocks of {self.page} tokens exceed capacity={self.capacity}: give "
+                             f"at most {self.capacity // self.page}")  # fmt: skip
         self.allocator.share(blocks)
         self._append(row, blocks)
         self.lengths[row] = self._reserved[row] = len(blocks) * self.page
@@ -214,11 +220,20 @@ class PagedCache:
         IMPLEMENTATION: one reference more for each block, and the same table; `reserve` does the rest.
         WHY: several answers to one prompt cost the memory of the answers.
         """
-        if self.n_held[target]:
-            raise ValueError(f"row {target} holds {self.n_held[target]} blocks: free it first")
+        self._check_row(row)
+        self._check_empty(target)
         self.allocator.share(self.blocks(row))
         self._append(target, self.blocks(row))
         self.lengths[target] = self._reserved[target] = self._reserved[row] = self.lengths[row]
+
+    def _check_row(self, row: int) -> None:
+        if not 0 <= row < len(self.lengths):
+            raise ValueError(f"row {row} is unknown: this cache has the rows 0 to {len(self.lengths) - 1}")
+
+    def _check_empty(self, row: int) -> None:
+        self._check_row(row)
+        if self.n_held[row]:
+            raise ValueError(f"row {row} holds {self.n_held[row]} blocks: free it first")
 
     def truncate(self, row: int, length: int) -> None:
         """Undo what came after the first `length` tokens of a row; blocks that are empty then are given back."""
@@ -333,6 +348,7 @@ class PagedCache:
         IMPLEMENTATION: asynchronous copies into pinned memory, in the order of the steps, so that nothing waits.
         WHY: a long text comes back for the price of a copy instead of a prefill.
         """
+        self._check_row(row)
         on_gpu, full = self.device.type == "cuda", -(-self.lengths[row] // self.page)  # none that is only reserved
         blocks = torch.tensor(self.blocks(row)[:full], dtype=torch.long, device=self.device)
         saved = [tuple(x.to("cpu", non_blocking=on_gpu) for x in store.take(blocks)) for store in self.stores]
@@ -343,8 +359,13 @@ class PagedCache:
     @torch.no_grad()
     def swap_in(self, row: int, swapped: Swapped) -> None:
         """Put a text back into an empty row; raises OutOfBlocks if it does not fit now."""
+        self._check_empty(row)
         self.reserve(row, swapped.length)
         blocks = torch.tensor(self.blocks(row), dtype=torch.long, device=self.device)
-        for store, pair in zip(self.stores, swapped.layers):
-            store.put(blocks, *(x.to(self.device, non_blocking=True) for x in pair))
+        try:
+            for store, pair in zip(self.stores, swapped.layers):
+                store.put(blocks, *(x.to(self.device, non_blocking=True) for x in pair))
+        except BaseException:  # out of memory for the copies, say
+            self.free(row)
+            raise
         self.lengths[row] = swapped.length
