@@ -173,9 +173,9 @@ class PagedCache:
             taken, or found to be the row's own, is its to fill: no need to ask again for each token.
         WHY: texts that begin alike share all whole blocks for good, and part where they differ.
         """
+        self._check_row(row)
         if self.lengths[row] + n <= self._reserved[row]:
             return
-        self._check_row(row)
         if self.lengths[row] + n > self.capacity:
             raise ValueError(f"row {row} holds {self.lengths[row]} tokens, and {n} more exceed capacity="
                              f"{self.capacity}: build the cache with more capacity")  # fmt: skip
@@ -186,9 +186,9 @@ class PagedCache:
         at = self.lengths[row] // self.page
         if self._shares_end(row):
             old, new = int(self.tables[row, at]), self.allocator.allocate()[0]
-            self._copy_block(old, new)
-            self.allocator.release([old])
             self.tables[row, at] = new
+            self.allocator.release([old])  # before the copy, so that no block is lost if that fails
+            self._copy_block(old, new)
             missing -= 1
         self._append(row, self.allocator.allocate(missing))
         self._reserved[row] = self.n_held[row] * self.page
@@ -372,6 +372,10 @@ class PagedCache:
         self._check_empty(row)
         self.reserve(row, swapped.length)
         blocks = torch.tensor(self.blocks(row), dtype=torch.long, device=self.device)
-        for store, pair in zip(self.stores, swapped.layers):
-            store.put(blocks, *(x.to(self.device, non_blocking=True) for x in pair))
+        try:
+            for store, pair in zip(self.stores, swapped.layers):
+                store.put(blocks, *(x.to(self.device, non_blocking=True) for x in pair))
+        except BaseException:  # out of memory for the copies, say
+            self.free(row)
+            raise
         self.lengths[row] = swapped.length
