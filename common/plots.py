@@ -147,7 +147,7 @@ def _paler(colour):
     """A colour mixed with white.
 
     >>> _paler("#0b5cad")
-    '#aac7e2'
+    '#aac6e2'
     """
     parts = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return "#" + "".join(f"{round(0.35 * part + 0.65 * 255):02x}" for part in parts)
