@@ -24,7 +24,7 @@ from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
 from phase3_core_inference.project8_kv_cache.generation import SamplingParams, generate
 from phase3_core_inference.project8_kv_cache.rivals import NumberTokenizer, transformers_model
 from phase3_core_inference.project8_kv_cache.stores import bytes_per_token
-from phase4_advanced_inference.project10_prompt_caching.limits import reading_flops
+from phase4_advanced_inference.project10_prompt_caching.prompt_cache import reading_flops
 from phase4_advanced_inference.project11_speculative_decoding.speculation import Speculation
 from phase4_advanced_inference.project12_dynamic_batching.batcher import Batcher
 from phase4_advanced_inference.project13_paged_attention import benchmark_config
@@ -242,10 +242,8 @@ def measure_throughput(report, s, device):
         "": {},
         ", the host not ahead": {"ahead": False},
         ", nothing recorded": {"graphs": False, "ahead": False},
-        ", decode steps compiled": {"compiled": True},
+        **({", decode steps compiled": {"compiled": True}} if s.COMPILED else {}),
     } if device.type == "cuda" else {"": {}, ", one step ahead": {"ahead": True}}  # fmt: skip
-    if not s.COMPILED:
-        modes.pop(", decode steps compiled", None)
     for name, options in modes.items():
         runner, seconds = runner_of(s, model, **options), []
         for _ in range(1 + s.REPEATS):
@@ -283,17 +281,19 @@ def measure_sampled(report, s, runner, trace, greedy):
 def their_rate(report, s, model, trace, device):
     """Tokens/s of `transformers` for the same requests; None where it cannot run."""
     theirs = transformers_model(model.config, next(model.parameters()).dtype, device, report)
-    if theirs is None or device.type != "cuda":
-        report.skip("transformers generate_batch", "its continuous batching needs a GPU")
+    if theirs is None:
         return None
     from transformers import GenerationConfig
+    from transformers.generation import ContinuousBatchingConfig
 
+    pages = s.N_ROWS * (-(-(s.LONGEST + s.NEW_TOKENS) // 256) + 1)  # on a GPU it finds its own sizes
+    batching = None if device.type == "cuda" else ContinuousBatchingConfig(
+        max_batch_tokens=s.MAX_TOKENS, max_requests_per_batch=s.N_ROWS, num_blocks=pages)  # fmt: skip
     config = GenerationConfig(max_new_tokens=s.NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0)
     prompts = [prompt for prompt, _ in trace]
-    theirs.generate_batch(prompts[:4], generation_config=config, max_new_tokens=4)
-    synchronize(device)
+    theirs.generate_batch(prompts[:4], config, batching, max_new_tokens=4)
     began = time.perf_counter()
-    results = theirs.generate_batch(prompts, generation_config=config)
+    results = theirs.generate_batch(prompts, config, batching)
     synchronize(device)
     spent = time.perf_counter() - began
     n = sum(len(result.generated_tokens) for result in results.values())
@@ -330,7 +330,6 @@ def measure_pressure(report, s, device):
     report.row("memory of blocks in use that holds no token, mean over a run", 100 * waste, "%", higher_is_better=False,
                limit=4, limit_name="goal", claim=USE_CLAIM, note=f"pages of {s.PAGE}; worst step "
                f"{100 * max(watch.waste):.1f}%; peak {peak:,} tokens")  # fmt: skip
-    report.series("tokens in the cache", range(len(watch.used)), watch.used)
     budget, rates = peak // 4 // s.PAGE * s.PAGE * token, {}
     capacity = s.LONGEST + s.NEW_TOKENS
     n_slots = max(1, budget // (capacity * token))
@@ -439,14 +438,8 @@ def measure_first_token(report, s, device):
                    note=f"{times[rate] * 1e3:.1f} ms")  # fmt: skip
 
 
-PARTS = {
-    "checks": check,
-    "kernels": measure_kernels,
-    "throughput": measure_throughput,
-    "pressure": measure_pressure,
-    "sharing": measure_sharing,
-    "first_token": measure_first_token,
-}
+PARTS = {"checks": check, "kernels": measure_kernels, "throughput": measure_throughput, "pressure": measure_pressure,
+         "sharing": measure_sharing, "first_token": measure_first_token}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -79,5 +79,5 @@ class BlockAllocator:
         """Raise ValueError for a block that has fewer owners than this."""
         for block, n in owners.items():
             if not 0 <= block < self.n_blocks or self.counts[block] < n:
-                raise ValueError(f"block {block} is free, or none of the {self.n_blocks}, or has fewer than {n} owners: "
+                raise ValueError(f"block {block} is free, or none of the {self.n_blocks}, or has not {n} owners: "
                                  f"it is nobody's to share or give back")  # fmt: skip

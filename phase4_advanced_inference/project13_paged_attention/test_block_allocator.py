@@ -77,3 +77,4 @@ if __name__ == "__main__":
     allocator.share(mine[:1])
     allocator.release(mine)
     print(f"of 4 blocks {allocator.n_free} are free: {mine[0]} still has {allocator.references(mine[0])} owner")
+    raise SystemExit(pytest.main([__file__]))

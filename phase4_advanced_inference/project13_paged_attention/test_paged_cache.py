@@ -253,3 +253,4 @@ TestShelves.settings = settings(max_examples=60, stateful_step_count=30, deadlin
 if __name__ == "__main__":
     test_a_fork_shares_all_blocks_until_it_writes_and_copies_one()
     print("a fork shares all blocks, and copies the one that it writes into")
+    raise SystemExit(pytest.main([__file__]))

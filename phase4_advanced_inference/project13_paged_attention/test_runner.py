@@ -340,3 +340,4 @@ if __name__ == "__main__":
     test_equal_prompts_of_one_step_share_blocks_that_are_being_written()
     test_a_fork_goes_on_from_the_same_blocks()
     print("equal prompts of one step share blocks, a fork shares all of them until it writes")
+    raise SystemExit(pytest.main([__file__]))
