@@ -167,10 +167,11 @@ class Scheduler:
             victim = max(self.running, key=lambda r: (-r.level, r.index))
             if victim.level >= request.priority:
                 return
-            if self.capacity.admit(request):
-                self._enter(request, step)
-            else:
+            if not self.capacity.admit(request):
                 self._preempt(victim, step)
+                if not self.capacity.admit(request):  # what was made free is for nobody else
+                    continue
+            self._enter(request, step)
 
     def _admit(self, step: Step) -> None:
         """Let the queue in, as long as there are tokens and room."""

@@ -245,6 +245,18 @@ def test_a_higher_priority_takes_the_row_of_the_least_important_and_it_goes_on_l
     assert all(len(r.tokens) == r.limit for r in house.requests) and house.scheduler.n_preempted == 1
 
 
+def test_a_row_goes_to_whom_it_was_made_free_for():
+    house = House(Memory(2), max_tokens=4)
+    low = house.add(2, 9)
+    house.step()
+    reader = house.add(40, 1, priority=1)
+    house.step()
+    urgent = house.add(4, 1, priority=1)
+    step = house.step()
+    assert step.preempted == [low] and step.admitted == [urgent]  # though the reader takes all tokens of this step
+    assert shares(step) == {reader.index: 4}
+
+
 def test_equals_are_not_sent_away():
     house = House(Memory(1), max_tokens=100)
     house.add(4, 20, priority=1)
