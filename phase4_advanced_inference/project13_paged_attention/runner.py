@@ -169,6 +169,8 @@ class Runner(Batcher):
         request.fed = min(request.fed, len(request.tokens) - 1)  # so that its logits come once more
         if request.row is not None:
             self.cache.truncate(request.row, request.fed)
+            # Anew, as the penalty must forget what was drawn behind the missing token.
+            self.sampler.put(request.row, request.params, request.seed, request.tokens)
             self.sampler.draw_from_all([request.row])
 
     # -- several tokens a step
@@ -218,9 +220,10 @@ class Runner(Batcher):
     def fork(self, request: Request, params: SamplingParams | None = None) -> Request:
         """Another continuation of what a request's text is now: its blocks are shared, not read again.
 
-        One that waits, still reads, or is a step ahead of the host is queued with the same text instead.
+        One that waits, still reads, or is a step ahead of the host is queued with the same text instead. Raises
+        ValueError where the text leaves no room to go on.
         """
-        other = self.make_request(request.tokens, params or request.params, request.priority, request.user)
+        other = self.make_request(self.encode(request.tokens), params or request.params, request.priority, request.user)
         at_rest = request.row is not None and not request.reading and not request.pending and not request.finish_reason
         if at_rest and self.blocks.fork(request, other):
             self.scheduler.running.append(other)
