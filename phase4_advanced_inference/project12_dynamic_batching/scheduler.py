@@ -154,8 +154,8 @@ class Scheduler:
 
     def _preempt(self, request: Request, step: Step) -> None:
         """Take a request's row; it goes to the front of its queue."""
+        self.capacity.preempt(request)  # first: if it fails, this is still a running request, to be called off as such
         self.running.remove(request)
-        self.capacity.preempt(request)
         request.queued = self.n_steps - request.waited  # its time on a row was no waiting
         self._queues.setdefault((request.priority, request.user), deque()).appendleft(request)
         step.preempted.append(request)

@@ -117,9 +117,10 @@ class Blocks:
             return [block for span, n in match.parts for block in span.blocks[: n // self.cache.page]]
 
     def _swap_in(self, request: Request) -> None:
-        kept, request.row = request.kept, self._rows.pop()
+        kept = request.kept
         self._evict(self._n_blocks(kept.length))
-        self.cache.swap_in(request.row, kept)
+        self.cache.swap_in(self._rows[-1], kept)  # no row is taken if it fails
+        request.row = self._rows.pop()
         self.cache.truncate(request.row, request.fed)  # a token may have been taken back meanwhile
         self._swapped.discard(kept)
         request.kept = None
