@@ -372,6 +372,10 @@ class PagedCache:
         self._check_empty(row)
         self.reserve(row, swapped.length)
         blocks = torch.tensor(self.blocks(row), dtype=torch.long, device=self.device)
-        for store, pair in zip(self.stores, swapped.layers):
-            store.put(blocks, *(x.to(self.device, non_blocking=True) for x in pair))
+        try:
+            for store, pair in zip(self.stores, swapped.layers):
+                store.put(blocks, *(x.to(self.device, non_blocking=True) for x in pair))
+        except BaseException:  # no memory for the copies on the way, say
+            self.free(row)
+            raise
         self.lengths[row] = swapped.length
