@@ -198,7 +198,5 @@ def test_what_can_never_fit_is_refused():
 if __name__ == "__main__":
     example = blocks_of(6)
     example.release(served(example, range(10)))
-    print(
-        f"of a text of 10 {known(example, range(10))} tokens stay known, and {example.available} of 6 blocks can be had"
-    )
+    print(f"{known(example, range(10))} of 10 tokens stay known, and {example.available} of 6 blocks can be had")
     raise SystemExit(pytest.main([__file__]))

@@ -257,10 +257,12 @@ class Days(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "runner"):
             return
-        for _ in range(3000):
-            if self.runner.busy:
-                self.take(self.runner.step())
-        sampling.CANDIDATES = self.candidates
+        try:
+            for _ in range(3000):
+                if self.runner.busy:
+                    self.take(self.runner.step())
+        finally:
+            sampling.CANDIDATES = self.candidates
         assert not self.runner.busy, "it does not come to an end"
         for index, (request, prompt, params) in self.asked.items():
             text, (whole, reason) = self.texts.get(index, []), alone(prompt, params, self.runner.room)
