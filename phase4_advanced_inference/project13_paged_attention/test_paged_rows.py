@@ -1,10 +1,12 @@
 """Rows of a paged cache in any order of calls, against lists of what was written: contents, owners, refusals."""
 
+import random
+
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
 from phase4_advanced_inference.project13_paged_attention.block_allocator import OutOfBlocks
@@ -12,7 +14,8 @@ from phase4_advanced_inference.project13_paged_attention.paged_cache import Page
 
 ROWS, LONG = 4, 48
 SPEC = Transformer(PRESETS["gpt2"](vocab_size=61, block_size=LONG, n_layer=1, n_head=4, n_embd=32)).specs[0]
-rows = st.integers(0, ROWS - 1)
+rows, at = st.integers(0, ROWS - 1), st.integers(0, 99)
+filled = precondition(lambda self: any(self.held))
 
 
 class Shelves(RuleBasedStateMachine):
@@ -28,6 +31,11 @@ class Shelves(RuleBasedStateMachine):
         self.cache = PagedCache(self.specs, ROWS, LONG, page=page, n_blocks=self.n_blocks)
         self.held, self.next = [[] for _ in range(ROWS)], 1.0
         self.boxes, self.library = [], []  # (box, numbers), (blocks, numbers)
+
+    @staticmethod
+    def one_of(held, row):
+        """The row, or the next one that holds something."""
+        return next(r % ROWS for r in range(row, row + ROWS) if held[r % ROWS])
 
     def state(self):
         """All that must be as it was when something is refused."""
@@ -82,6 +90,10 @@ class Shelves(RuleBasedStateMachine):
             self.held[row] += values[:n]
             del values[:n]
 
+    @rule()
+    def decode(self):
+        self.write([(row, 1) for row in range(ROWS) if self.held[row]])
+
     @rule(row=rows, n=st.sampled_from([0, 1, 9, 20]))
     def reserve(self, row, n):
         if len(self.held[row]) + n <= LONG:
@@ -90,25 +102,25 @@ class Shelves(RuleBasedStateMachine):
             if self.try_to(lambda: self.cache.reserve(row, n), needed):
                 assert self.cache.missing(row, n) == 0
 
+    @filled
     @rule(row=rows, other=rows, n=st.integers(1, 9))
     def append(self, row, other, n):
         """Append to a row what another one begins with."""
+        other = self.one_of(self.held, other)
         n = min(n, len(self.held[other]), LONG - len(self.held[row]))
         if n:
             read = self.cache.read_tokens(other, 0, n)
             if self.try_to(lambda: self.cache.append_tokens(row, read), self.needed([(row, n, 0)])):
                 self.held[row] += self.held[other][:n]
 
-    @rule(row=rows, part=st.floats(0, 1))
-    def truncate(self, row, part):
-        length = int(part * len(self.held[row]))
+    @filled
+    @rule(row=rows, n=st.sampled_from([0, 1, 2, 7, LONG]))
+    def take_back(self, row, n):
+        row = self.one_of(self.held, row)
+        length = max(0, len(self.held[row]) - n)
         self.cache.truncate(row, length)
         del self.held[row][length:]
         assert self.cache.n_held[row] == -(-length // self.page)
-
-    @rule(row=rows)
-    def free(self, row):
-        self.truncate(row, 0)
 
     def put(self, row, call, needed):
         """Whether something could be put into a row: it must be empty, and as many blocks be free as it needs."""
@@ -120,46 +132,65 @@ class Shelves(RuleBasedStateMachine):
         assert before == self.state()
         return False
 
+    @filled
     @rule(row=rows, other=rows)
     def fork(self, row, other):
+        row = self.one_of(self.held, row)
         if self.put(other, lambda: self.cache.fork(row, other), 0):
             self.held[other] = list(self.held[row])
             assert self.cache.blocks(other) == self.cache.blocks(row)[: self.cache.n_held[other]]
 
+    @filled
+    @rule(row=rows, kind=st.sampled_from(["fork", "fork", "fork", "adopt", "box"]))
+    def begin_from(self, row, kind):
+        """The first empty row goes on from another."""
+        row, empty = self.one_of(self.held, row), [r for r in range(ROWS) if not self.cache.n_held[r]]
+        if empty and kind == "fork":
+            self.fork(row, empty[0])
+        elif empty and kind == "adopt":
+            self.keep(row, 9)
+            self.adopt(empty[0], -1)
+        elif empty:
+            self.pack(row)
+            self.unpack(empty[0], -1)
+
+    @filled
     @rule(row=rows, n=st.integers(1, 9))
     def keep(self, row, n):
+        row = self.one_of(self.held, row)
         n = min(n, len(self.held[row]) // self.page)
         blocks = self.cache.blocks(row)[:n]
         self.cache.allocator.share(blocks)
         self.library.append((blocks, self.held[row][: n * self.page]))
 
-    @rule(row=rows, at=st.integers(0, 99))
+    @precondition(lambda self: self.library)
+    @rule(row=rows, at=at)
     def adopt(self, row, at):
-        if self.library:
-            blocks, numbers = self.library[at % len(self.library)]
-            if self.put(row, lambda: self.cache.adopt(row, blocks), 0):
-                self.held[row] = list(numbers)
+        blocks, numbers = self.library[at % len(self.library)]
+        if self.put(row, lambda: self.cache.adopt(row, blocks), 0):
+            self.held[row] = list(numbers)
 
-    @rule(at=st.integers(0, 99))
+    @precondition(lambda self: self.library)
+    @rule(at=at)
     def forget(self, at):
-        if self.library:
-            self.cache.allocator.release(self.library.pop(at % len(self.library))[0])
+        self.cache.allocator.release(self.library.pop(at % len(self.library))[0])
 
+    @filled
     @rule(row=rows)
     def pack(self, row):
+        row = self.one_of(self.held, row)
         box = self.cache.swap_out(row)
         assert box.nbytes == -(-len(self.held[row]) // self.page) * self.cache.block_bytes
         self.boxes.append((box, self.held[row]))
         self.held[row] = []
 
-    @rule(row=rows, at=st.integers(0, 99))
+    @precondition(lambda self: self.boxes)
+    @rule(row=rows, at=at)
     def unpack(self, row, at):
-        if self.boxes:
-            box, numbers = self.boxes[at % len(self.boxes)]
-            needed = -(-len(numbers) // self.page)
-            if self.put(row, lambda: self.cache.swap_in(row, box), needed):
-                self.held[row] = list(numbers)
-                self.boxes.pop(at % len(self.boxes))
+        box, numbers = self.boxes[at % len(self.boxes)]
+        if self.put(row, lambda: self.cache.swap_in(row, box), -(-len(numbers) // self.page)):
+            self.held[row] = list(numbers)
+            self.boxes.pop(at % len(self.boxes))
 
     @invariant()
     def everything_is_where_it_should_be(self):
@@ -186,7 +217,35 @@ class Shelves(RuleBasedStateMachine):
 
 
 TestShelves = Shelves.TestCase
-TestShelves.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
+TestShelves.settings = settings(max_examples=20, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_steps(seed):
+    """The same steps with chances of their own: hypothesis seldom forks a row that goes on."""
+    r, shelves = random.Random(seed), Shelves()
+    shelves.begin([1, 4, 4, 16][seed % 4])
+    steps = {
+        "write": lambda: shelves.write([(row, r.choice([0, 1, 1, 5, 17])) for row in r.sample(range(ROWS), 3)]),
+        "decode": shelves.decode,
+        "reserve": lambda: shelves.reserve(r.randrange(ROWS), r.choice([0, 1, 9, 20])),
+        "append": lambda: shelves.append(r.randrange(ROWS), r.randrange(ROWS), r.randint(1, 9)),
+        "take_back": lambda: shelves.take_back(r.randrange(ROWS), r.choice([0, 1, 2, 7, LONG])),
+        "fork": lambda: shelves.fork(r.randrange(ROWS), r.randrange(ROWS)),
+        "begin_from": lambda: shelves.begin_from(r.randrange(ROWS), r.choice(["fork", "fork", "adopt", "box"])),
+        "keep": lambda: shelves.keep(r.randrange(ROWS), r.randint(1, 9)),
+        "adopt": lambda: shelves.adopt(r.randrange(ROWS), r.randrange(100)),
+        "forget": lambda: shelves.forget(r.randrange(100)),
+        "pack": lambda: shelves.pack(r.randrange(ROWS)),
+        "unpack": lambda: shelves.unpack(r.randrange(ROWS), r.randrange(100)),
+    }
+    for _ in range(150):
+        name = r.choice([*steps, "write", "decode", "decode", "begin_from", "take_back", "forget"])
+        needs = {"write": True, "decode": True, "reserve": True, "adopt": shelves.library, "forget": shelves.library,
+                 "unpack": shelves.boxes}.get(name, any(shelves.held))  # fmt: skip
+        if needs:
+            steps[name]()
+            shelves.everything_is_where_it_should_be()
 
 
 if __name__ == "__main__":
