@@ -7,10 +7,11 @@ This file implements numbers that the host writes and the device reads, at the s
 Each component is explained with paper references for educational purposes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 class StepBuffers:
@@ -51,3 +52,11 @@ class StepBuffers:
         self._all_device.copy_(self._all_host, non_blocking=self._copied is not None)
         if self._copied is not None:
             self._copied.record()
+
+
+def on_device(numbers: Sequence[int] | np.ndarray, device) -> Tensor:
+    """Whole numbers on the device (n,), without waiting for it."""
+    tensor = torch.from_numpy(np.asarray(numbers, dtype=np.int64))
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

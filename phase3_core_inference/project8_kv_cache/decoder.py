@@ -36,12 +36,17 @@ class Decoder:
     def __init__(self, model, cache: KVCache):
         self.model, self.cache = model, cache
 
-    def step(self, work: Work, tokens: Sequence[int]) -> Tensor:
+    def step(self, work: Work, tokens: Sequence[int] | Tensor) -> Tensor:
         """Take one step with these tokens, in the order of the work: logits (n_wanted, V).
 
-        They may lie in a buffer that the next step overwrites.
+        Tokens may be a tensor on the device (N,), which nobody waits for. The logits may lie in a buffer that the next
+        step overwrites.
         """
-        plan = self.cache.plan(work, tokens)
+        if isinstance(tokens, Tensor):
+            plan = self.cache.plan(work)
+            plan.tokens[: plan.n_tokens].copy_(tokens)
+        else:
+            plan = self.cache.plan(work, tokens)
         return self.run(plan, plan.tokens)[: plan.n_wanted]
 
     @torch.no_grad()

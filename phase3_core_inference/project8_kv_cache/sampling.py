@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from phase3_core_inference.project8_kv_cache.buffers import on_device
 from phase3_core_inference.project8_kv_cache.drawing import CANDIDATES, draw_among, penalize
 from phase3_core_inference.project8_kv_cache.noise import keys_at, stem
 from phase3_core_inference.project8_kv_cache.sampling_params import SamplingParams
@@ -144,13 +145,13 @@ class Sampler:
             return logits.argmax(-1)
         cuts, V = any(self.params[row].cuts for row in rows), self.vocab_size
         whole = [i for i, row in enumerate(rows) if row in self._whole] if cuts and V > CANDIDATES else []
-        keys = self.to_device(keys_at(self._stems[list(rows)], np.array(positions))).unsqueeze(-1)  # (R, 1)
+        keys = on_device(keys_at(self._stems[list(rows)], np.array(positions)), self.device).unsqueeze(-1)  # (R, 1)
         limits = self.limits[self.index(rows)]
         if len(whole) == len(rows):
             return self.among(V, cuts, logits, limits, keys)
         tokens = self.among(CANDIDATES if cuts and V > CANDIDATES else V, cuts, logits, limits, keys)
         if whole:
-            some = self.to_device(np.array(whole))
+            some = on_device(whole, self.device)
             drawn = self.among(V, cuts, logits[some], limits[some], keys[some])
             tokens = tokens.clone().index_copy_(0, some, drawn)
         return tokens
@@ -159,26 +160,19 @@ class Sampler:
         """Let the penalty see tokens that became part of these texts; -1 is none."""
         if self.seen is None:
             return
-        tokens = tokens if isinstance(tokens, Tensor) else self.to_device(np.array(tokens))
-        known, place = tokens >= 0, (self.to_device(np.array(rows)), tokens.clamp(min=0))
+        tokens = tokens if isinstance(tokens, Tensor) else on_device(tokens, self.device)
+        known, place = tokens >= 0, (on_device(rows, self.device), tokens.clamp(min=0))
         self.seen.index_put_(place, self.seen[place] | known)
 
     def index(self, rows: Sequence[int]) -> slice | Tensor:
         """What picks the columns of these rows."""
         everyone = list(rows) == list(range(len(self.params)))
-        return slice(None) if everyone else self.to_device(np.array(rows))
-
-    def to_device(self, numbers: np.ndarray) -> Tensor:
-        """Whole numbers on the device, without waiting for it."""
-        tensor = torch.from_numpy(numbers)
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
+        return slice(None) if everyone else on_device(rows, self.device)
 
     def logprobs(self, logits: Tensor, tokens: Sequence[int], rows: Sequence[int]) -> list[Logprobs | None]:
         """What these rows want to know of their tokens, from logits (R, V) before the penalty."""
         wanted = [self.params[row].logprobs for row in rows]
-        measured = self.measure(logits, self.to_device(np.array(tokens)), wanted)
+        measured = self.measure(logits, on_device(tokens, self.device), wanted)
         return told(measured and [x.cpu() for x in measured], wanted)
 
     def measure(self, logits: Tensor, tokens: Tensor, wanted: Sequence[int | None]) -> list[Tensor] | None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from phase3_core_inference.project8_kv_cache.buffers import on_device
 from phase3_core_inference.project8_kv_cache.drawing import cut_tail
 from phase3_core_inference.project8_kv_cache.noise import gumbel, noise_keys, scramble, uniform
 
@@ -103,7 +104,7 @@ def verify(p: Tensor, q: Tensor, drafts: Tensor, counts: Tensor, luck: Tensor, d
 def keys_for(purpose: int, seeds: Sequence[int], positions: Sequence[int], device) -> Tensor:
     """One int64 for each (seed, position): of noise that is for this purpose, and independent of any other's."""
     keys = noise_keys([scramble(seed + (purpose << 32)) for seed in seeds], positions)
-    return torch.tensor(keys, device=device)
+    return on_device(keys, device)
 
 
 def certain(tokens: Tensor, like: Tensor) -> Tensor:

@@ -226,16 +226,26 @@ def costs(s, bench, n_rows):
     return timings[0].median / one, {k: timings[k + 1].median / one for k in s.SPEED_KS}
 
 
+def write_until_an_end(writer, prompts, params):
+    """Write as long as all rows do: up to the first that has its tokens."""
+    stream = writer.stream(prompts, params[: len(prompts)])
+    next(piece for piece in stream if piece.finish_reason)
+    stream.close()
+
+
 def speed_rows(report, s, bench, n_rows, name, draft, cost, verification):
-    """The rows of one draft: every length in turn with plain decoding."""
-    prompts = bench.sets[name][:n_rows]
+    """The rows of one draft: every length in turn with plain decoding, as long as no row has ended."""
+    prompts, params = bench.sets[name][:n_rows], bench.params(s.NEW_TOKENS)
     writers = {0: bench.writer(n_rows=n_rows)} | {k: bench.writer(draft, n_rows, k) for k in s.SPEED_KS}
-    calls = {
-        (k, n): functools.partial(tokens_of, writer, prompts, bench.params(n))
-        for k, writer in writers.items() for n in (1, s.NEW_TOKENS)
-    }  # fmt: skip
+    calls, written = {}, {0: n_rows * (s.NEW_TOKENS - 1)}  # tokens behind the first of each row
+    for k, writer in writers.items():
+        calls[k, "first"] = functools.partial(tokens_of, writer, prompts, bench.params(1))
+        calls[k, "all"] = functools.partial(write_until_an_end, writer, prompts, params)
+        if k:
+            calls[k, "all"]()
+            written[k] = writer.tally.kept + writer.tally.steps
     timings = measure(calls, s.REPEATS, 1, bench.device)
-    seconds = {k: timings[k, s.NEW_TOKENS].median - timings[k, 1].median for k in writers}
+    rates = {k: n / (timings[k, "all"].median - timings[k, "first"].median) for k, n in written.items()}
     for k in s.SPEED_KS:
         tally = writers[k].tally
         alpha, mean = tally.alpha if tally.tested else 0.0, tally.drafted / max(tally.steps, 1)
@@ -250,10 +260,7 @@ def speed_rows(report, s, bench, n_rows, name, draft, cost, verification):
         real = tally.expected_tokens_per_step / (mean * cost + checks)
         note = (f"acceptance rate {alpha:.2f}, {mean:.2f} tokens drafted a step, c = {cost:.2f}; with the time that "
                 f"checking takes: {real:.2f}×")  # fmt: skip
-        if n_rows > 1:  # the batch takes as many steps as its slowest row
-            note += f"; {tally.steps / tally.calls:.1f} of {n_rows} rows in a step, on average"
-        rates = {key: n_rows * (s.NEW_TOKENS - 1) / value for key, value in seconds.items()}
-        report.row(f"batch {n_rows}, {name}, {draft} draft, k={k}: times as fast", seconds[0] / seconds[k], "×",
+        report.row(f"batch {n_rows}, {name}, {draft} draft, k={k}: times as fast", rates[k] / rates[0], "×",
                    claim=CLAIM if draft == "model" else None, limit=limit, limit_name=named,
                    note=f"{note}; {rates[k]:,.0f} tokens/s, plain {rates[0]:,.0f}, greedy")  # fmt: skip
 

@@ -12,10 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common import catalog
+from phase3_core_inference.project8_kv_cache.buffers import on_device
 from phase3_core_inference.project8_kv_cache.decoder import Decoder, FastDecoder
 from phase3_core_inference.project8_kv_cache.kv_cache import KVCache
 from phase3_core_inference.project8_kv_cache.work import octaves, quarter_octaves
@@ -30,16 +33,81 @@ class Ask:
     most: int  # tokens to propose at most; may be 0
 
 
-@dataclass(frozen=True)
 class Proposal:
-    """What was guessed, row by row in the order that was asked."""
+    """What was guessed, row by row in the order that was asked; it may still be on its way.
 
-    tokens: list[list[int]]
-    odds: Tensor | None = None  # (R, K, V): what each token was drawn from; None: nothing was drawn, it is certain
+    PAPER: "Accelerating Large Language Model Decoding with Speculative Sampling", arXiv:2302.01318, section "Modified
+        Rejection Sampling"; that nobody waits for the guess is practice.
+    PAPER CONTEXT: the target scores all drafted tokens, and then it is decided which of them stay.
+    INTUITION: a sealed letter: how long it is can be felt, so the reader may get ready before it is opened.
+    IMPLEMENTATION: how many tokens each row has is known at once; which ones, a GPU may be told before the host is.
+    WHY: the target's step is planned and launched while the draft still runs; the host waits once a step.
+
+    Args:
+        drafted: (R, K) tokens; behind a row's own there is anything that is a token.
+        counts: how many of them are each row's own.
+        odds: (R, K, V), what each was drawn from; None: nothing was drawn, it is certain.
+    """
+
+    def __init__(self, drafted: Tensor, counts: Sequence[int], odds: Tensor | None = None):
+        self.drafted, self.counts, self.odds = drafted, list(counts), odds
+        self._tokens: list[list[int]] | None = None
+
+    @classmethod
+    def of(cls, tokens: Sequence[Sequence[int]]) -> "Proposal":
+        """What was guessed on the host.
+
+        >>> Proposal.of([[5, 6], []]).drafted.tolist()
+        [[5, 6], [0, 0]]
+        """
+        counts = [len(row) for row in tokens]
+        drafted = torch.zeros(len(counts), max(counts, default=0), dtype=torch.long)
+        for line, row in zip(drafted, tokens):
+            line[: len(row)] = torch.tensor(row, dtype=torch.long)
+        proposal = cls(drafted, counts)
+        proposal._tokens = [list(row) for row in tokens]
+        return proposal
+
+    @property
+    def known(self) -> bool:
+        """Whether the host knows the tokens already."""
+        return self._tokens is not None
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """Each row's own tokens, on the host: waits for them."""
+        if self._tokens is None:
+            self._tokens = [row[:n] for row, n in zip(self.drafted.tolist(), self.counts)]
+        return self._tokens
+
+    def pick(self, places: Sequence[int], counts: Sequence[int]) -> "Proposal":
+        """Some of the rows, and so many of the tokens of each."""
+        index = on_device(places, self.drafted.device)
+        picked = Proposal(self.drafted[index], counts, None if self.odds is None else self.odds[index])
+        if self._tokens is not None:
+            picked._tokens = [self._tokens[place][:n] for place, n in zip(places, counts)]
+        return picked
+
+    def behind(self, newest: Sequence[int], widths: Sequence[int]) -> list[int] | Tensor:
+        """The newest token of each row, and its draft, cut or filled up to so many tokens in all; row behind row.
+
+        A list if the tokens are known, else a tensor (sum of widths,) where they are.
+        """
+        if self._tokens is not None:
+            rows = ([token, *draft, *[token] * (n - 1 - len(draft))][:n] for token, draft, n in
+                    zip(newest, self._tokens, widths))  # fmt: skip
+            return [token for row in rows for token in row]
+        table = torch.cat([on_device(newest, self.drafted.device).unsqueeze(-1), self.drafted], dim=-1)
+        most = max(widths)
+        table = F.pad(table, (0, max(most - table.shape[-1], 0)))[:, :most].flatten()
+        if min(widths) == most:
+            return table
+        return table[on_device([i * most + j for i, n in enumerate(widths) for j in range(n)], table.device)]
 
 
-# draw(logits (R, V), rows, positions, drafted so far) -> (tokens, the odds (R, V) they were drawn from, or None)
-Draw = Callable[[Tensor, Sequence[int], Sequence[int], Sequence[Sequence[int]]], tuple[list[int], Tensor | None]]
+# draw(logits (R, V), rows, positions, drafted so far (R, j)) -> (tokens (R,), the odds (R, V) they were drawn from, or
+# None), all of it on the device: nobody waits for it
+Draw = Callable[[Tensor, Sequence[int], Sequence[int], Tensor], tuple[Tensor, Tensor | None]]
 
 
 class Draft(Protocol):
@@ -96,7 +164,7 @@ class NGramDraft:
 
     def propose(self, asks: Sequence[Ask], draw: Draw) -> Proposal:
         """What followed the last n-gram of each text, or nothing."""
-        return Proposal([self._look_up(ask) for ask in asks])
+        return Proposal.of([self._look_up(ask) for ask in asks])
 
     def _look_up(self, ask: Ask) -> list[int]:
         index = self._learn(ask.row, ask.tokens)
@@ -136,9 +204,9 @@ class ModelDraft:
         Large Language Model Decoding with Speculative Sampling", arXiv:2302.01318, section "Choice of Draft Models".
     PAPER CONTEXT: a more efficient model of the same task drafts gamma tokens one after another.
     INTUITION: an apprentice writes ahead; the master reads over it and corrects the first mistake.
-    IMPLEMENTATION: its cache holds some tokens of each row. Before drafting it is cut to what the text still begins
-        with, and what is missing is read: one token after a rejection, two after a draft that was kept whole. All rows
-        read equally many, so that their steps have few shapes and can be recorded.
+    IMPLEMENTATION: its cache is cut to what the text still begins with, and what is missing is read: one token after a
+        rejection, two after a draft that was kept whole; equally many for all rows, so that steps can be recorded.
+        What is drafted goes from step to step on the device: the host waits once, at the end.
     WHY: it finds out by itself what is valid, so whoever drives it needs no bookkeeping for rejections, ends, or rows
         that change their text.
 
@@ -160,6 +228,7 @@ class ModelDraft:
         self._build = catalog.resolve("caches", cache) if isinstance(cache, str) else cache
         self._fast, self._options = compiled or graphs, (compiled, graphs)
         self.cache, self.decoder, self._held = None, None, []  # _held[row]: the tokens in its cache
+        self._latest: tuple[list[int], Proposal] = [], Proposal.of([])  # rows, and what was drafted for them last
 
     def prepare(self, n_rows: int, capacity: int, vocab_size: int) -> None:
         """Make a cache for so many rows, as long as this model can read."""
@@ -174,26 +243,37 @@ class ModelDraft:
         self.cache = self._build(self.model.specs, n_rows, capacity, **options)
         kind = FastDecoder if self._fast else Decoder
         self.decoder = kind(self.model, self.cache, *(self._options if self._fast else ()))
-        self._held = [[] for _ in range(n_rows)]
+        self._held, self._latest = [[] for _ in range(n_rows)], ([], Proposal.of([]))
 
     def propose(self, asks: Sequence[Ask], draw: Draw) -> Proposal:
         """Draft token after token, all rows in step; a row whose text exceeds what the model can read gets fewer."""
-        most = [max(0, min(ask.most, self.cache.capacity - len(ask.tokens) + 1)) for ask in asks]
-        drafts, all_odds = [[] for _ in asks], []
-        live = [i for i, n in enumerate(most) if n]
+        self._remember()
+        counts = [max(0, min(ask.most, self.cache.capacity - len(ask.tokens) + 1)) for ask in asks]
+        live, all_odds = [i for i, n in enumerate(counts) if n], []
+        device, width = self.cache.device, max(counts, default=0)
+        drafted = torch.zeros(len(asks), width, dtype=torch.long, device=device)
         logits = self._catch_up([asks[i] for i in live]) if live else None
-        while live:
-            rows = [asks[i].row for i in live]
-            positions = [len(asks[i].tokens) + len(drafts[i]) for i in live]
-            tokens, odds = draw(logits, rows, positions, [drafts[i] for i in live])
-            all_odds.append((live, odds))
-            for i, token in zip(live, tokens):
-                drafts[i].append(token)
-            stay = [i for i in live if len(drafts[i]) < most[i]]
-            if stay:
-                logits = self._step([(asks[i].row, 1, 1) for i in stay], [drafts[i][-1] for i in stay])
-            live = stay
-        return Proposal(drafts, _stack(all_odds, len(asks)))
+        for j in range(width):
+            some = slice(None) if len(live) == len(asks) else on_device(live, device)
+            positions = [len(asks[i].tokens) + j for i in live]
+            tokens, odds = draw(logits, [asks[i].row for i in live], positions, drafted[some, :j])
+            drafted[some, j] = tokens
+            all_odds.append((some, odds))
+            stay = [place for place, i in enumerate(live) if counts[i] > j + 1]
+            if len(stay) < len(live):
+                tokens, live = tokens[on_device(stay, device)], [live[place] for place in stay]
+            if live:
+                logits = self.decoder.step([(asks[i].row, 1, 1) for i in live], tokens)
+        proposal = Proposal(drafted, counts, _stack(all_odds, len(asks)))
+        self._latest = [ask.row for ask in asks], proposal
+        return proposal
+
+    def _remember(self) -> None:
+        """Take down what was drafted last, all but the last token of each row: it lies in the cache."""
+        rows, proposal = self._latest
+        for row, draft in zip(rows, proposal.tokens):
+            self._held[row] += draft[:-1]
+        self._latest = [], Proposal.of([])
 
     def _catch_up(self, asks: Sequence[Ask]) -> Tensor:
         """Read what is missing of each text; logits (R, V) behind them."""
@@ -208,8 +288,8 @@ class ModelDraft:
         parts = [ask.tokens[len(self._held[ask.row]) :] for ask in asks]
         work = [(ask.row, len(part), len(part)) for ask, part in zip(asks, parts)]  # all wanted: can be recorded
         logits = self._step(work, [token for part in parts for token in part])
-        ends = torch.tensor([len(part) for part in parts]).cumsum(0) - 1
-        return logits if len(logits) == len(asks) else logits[ends.to(logits.device)]
+        ends = np.cumsum([len(part) for part in parts]) - 1
+        return logits if len(logits) == len(asks) else logits[on_device(ends, logits.device)]
 
     def _long_parts(self, asks: Sequence[Ask]) -> list[tuple[int, Sequence[int]]]:
         """(row, tokens) of rows that miss more than a short step takes, at most `chunk` tokens in all."""
@@ -241,6 +321,7 @@ class ModelDraft:
 
     def free(self, row: int) -> None:
         """Forget a row."""
+        self._remember()
         self.cache.free(row)
         self._held[row] = []
 
@@ -253,12 +334,12 @@ def _common(held: Sequence[int], tokens: Sequence[int]) -> int:
     return next(i for i in range(n) if held[i] != tokens[i])
 
 
-def _stack(steps: Sequence[tuple[Sequence[int], Tensor | None]], n_rows: int) -> Tensor | None:
-    """The odds of all steps as (R, K, V), zero where a row drafted less; None if nothing was drawn."""
+def _stack(steps: Sequence[tuple[slice | Tensor, Tensor | None]], n_rows: int) -> Tensor | None:
+    """The odds of all steps, each of some rows: (R, K, V), zero where a row drafted less; None if nothing was drawn."""
     if not steps or steps[0][1] is None:
         return None
     like = steps[0][1]
     stacked = like.new_zeros(n_rows, len(steps), like.shape[-1])
-    for j, (rows, odds) in enumerate(steps):
-        stacked[torch.tensor(rows, device=like.device), j] = odds
+    for j, (some, odds) in enumerate(steps):
+        stacked[some, j] = odds
     return stacked

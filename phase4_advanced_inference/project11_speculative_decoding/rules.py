@@ -10,6 +10,7 @@ Each component is explained with paper references for educational purposes.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.graphs import capture
+from phase3_core_inference.project8_kv_cache.buffers import on_device
 from phase3_core_inference.project8_kv_cache.drawing import penalize
 from phase3_core_inference.project8_kv_cache.sampling import Sampler
 from phase3_core_inference.project8_kv_cache.work import power_of_two
@@ -28,8 +30,7 @@ from phase4_advanced_inference.project11_speculative_decoding.acceptance import 
     keys_for,
     propose,
 )
-
-Drafts = Sequence[Sequence[int]]
+from phase4_advanced_inference.project11_speculative_decoding.drafts import Proposal
 
 
 class Recorder:
@@ -82,37 +83,57 @@ class CoupledRule:
     def __init__(self, sampler: Sampler, k: int, recorder: Recorder):
         self.sampler, self.k, self.recorder = sampler, k, recorder
 
-    def draft(self, logits: Tensor, rows: Sequence[int], positions: Sequence[int], drafted: Drafts):
-        """Draw for a draft with these logits (R, V), behind what it drafted for each row: (tokens, odds or None)."""
-        return self.sampler.choose(self.penalized(logits, rows, drafted), rows, positions), None
+    def draft(self, logits: Tensor, rows: Sequence[int], positions: Sequence[int], drafted: Tensor):
+        """Draw for a draft with these logits (R, V), behind what it drafted (R, j): (tokens (R,), odds or None)."""
+        logits = self.penalized(logits, rows, drafted)
+        tokens = self.sampler.launch(logits, rows, positions)
+        if self._greedy():
+            return tokens, None
+        # Where candidates were not enough, the likeliest must do: a guess may be anything.
+        return torch.where(tokens < 0, logits.argmax(-1), tokens), None
 
-    def judge(self, logits: Tensor, rows: Sequence[int], starts: Sequence[int], drafts: Drafts, odds: Tensor | None):
+    def judge(self, logits: Tensor, rows: Sequence[int], starts: Sequence[int], proposal: Proposal):
         """Judge drafts by the target's logits, one row for each drafted token and one behind: [(kept, next token)].
 
-        `starts`: the positions of the first drafted tokens; odds (R, K, V): what they were drawn from, None: certain.
+        `starts`: the positions of the first drafted tokens.
         """
-        flat = [row for row, draft in zip(rows, drafts) for _ in range(len(draft) + 1)]
-        places = [start + j for start, draft in zip(starts, drafts) for j in range(len(draft) + 1)]
-        prefixes = [draft[:j] for draft in drafts for j in range(len(draft) + 1)]
-        own = iter(self.sampler.choose(self.penalized(logits, flat, prefixes), flat, places))
+        flat, depths = self._places(rows, proposal.counts)
+        places = [start + j for start, n in zip(starts, proposal.counts) for j in range(n + 1)]
+        own = iter(self.sampler.choose(self.penalized(logits, flat, self._before(proposal, depths)), flat, places))
         verdicts = []
-        for draft in drafts:
+        for draft in proposal.tokens:
             drawn = [next(own) for _ in range(len(draft) + 1)]
             kept = next((j for j, (a, b) in enumerate(zip(draft, drawn)) if a != b), len(draft))
             verdicts.append((kept, drawn[kept]))
         return verdicts
 
-    def penalized(self, logits: Tensor, rows: Sequence[int], drafted: Drafts) -> Tensor:
-        """Logits (R, V) of these requests after their repetition penalty, which counts drafted tokens, too."""
+    def penalized(self, logits: Tensor, rows: Sequence[int], drafted: Tensor) -> Tensor:
+        """Logits (R, V) of these requests after their repetition penalty, which counts drafted tokens (R, j), too.
+
+        A token that is none, V, counts nowhere.
+        """
         sampler, logits = self.sampler, self.sampler.known(logits)
         if sampler.seen is None:
             return logits
-        index = torch.tensor(rows, device=logits.device)
-        seen = sampler.seen[index]  # a copy
-        places = [(i, token) for i, tokens in enumerate(drafted) for token in tokens]
-        if places:
-            seen[tuple(torch.tensor(places, device=logits.device).T)] = True
+        index = on_device(rows, logits.device)
+        seen = F.pad(sampler.seen[index], (0, 1)).scatter(-1, drafted, True)[:, :-1]
         return penalize(logits, seen, sampler.penalty[index])
+
+    def _places(self, rows: Sequence[int], counts: Sequence[int]) -> tuple[list[int], list[int]]:
+        """The row of each place that is judged, and how many drafted tokens stand before it."""
+        flat = [row for row, n in zip(rows, counts) for _ in range(n + 1)]
+        return flat, [j for n in counts for j in range(n + 1)]
+
+    def _before(self, proposal: Proposal, depths: Sequence[int]) -> Tensor:
+        """The drafted tokens before each place (places, K); V where there are none."""
+        device, V = self.sampler.device, self.sampler.vocab_size
+        owner = on_device([i for i, n in enumerate(proposal.counts) for _ in range(n + 1)], device)
+        drafted = proposal.drafted.to(device)[owner]
+        before = torch.arange(drafted.shape[-1], device=device) < on_device(depths, device).unsqueeze(-1)
+        return torch.where(before, drafted, V)
+
+    def _greedy(self) -> bool:
+        return all(params.greedy for params in self.sampler.params)
 
 
 class RejectionRule(CoupledRule):
@@ -136,37 +157,34 @@ class RejectionRule(CoupledRule):
         keys = self._keys(rows, positions, DRAFT).unsqueeze(-1)
         limits = self.sampler.limits[self.sampler.index(rows)]
         odds, tokens = self.recorder(propose, self._cuts(rows), self.penalized(logits, rows, drafted), limits, keys)
-        return tokens.tolist(), odds.clone()
+        return tokens, odds.clone()
 
-    def judge(self, logits, rows, starts, drafts, odds):
+    def judge(self, logits, rows, starts, proposal):
         """As of `CoupledRule`."""
         if self._greedy():
-            return super().judge(logits, rows, starts, drafts, odds)
-        K, device = self.k, logits.device
-        flat = [row for row, draft in zip(rows, drafts) for _ in range(len(draft) + 1)]
-        prefixes = [draft[:j] for draft in drafts for j in range(len(draft) + 1)]
-        logits = self.penalized(logits, flat, prefixes)
+            return super().judge(logits, rows, starts, proposal)
+        K, device, counts = self.k, logits.device, proposal.counts
+        flat, depths = self._places(rows, counts)
+        logits = self.penalized(logits, flat, self._before(proposal, depths))
         # Every row gets K + 1 places; those behind its draft repeat its last logits, and nobody looks at them.
-        ends = torch.tensor([len(draft) + 1 for draft in drafts]).cumsum(0) - 1
-        source = [int(end) - max(len(d) - j, 0) for end, d in zip(ends, drafts) for j in range(K + 1)]
-        logits = logits[torch.tensor(source, device=device)]  # (R (K+1), V)
+        ends = [end - 1 for end in itertools.accumulate(n + 1 for n in counts)]
+        source = [end - max(n - j, 0) for end, n in zip(ends, counts) for j in range(K + 1)]
+        logits = logits[on_device(source, device)]  # (R (K+1), V)
         spread = [row for row in rows for _ in range(K + 1)]
-        limits = self.sampler.limits[torch.tensor(spread, device=device)]
-        tokens = torch.tensor([[*draft, *[0] * (K - len(draft))] for draft in drafts], device=device)
-        counts = torch.tensor([len(draft) for draft in drafts], device=device)
+        limits = self.sampler.limits[on_device(spread, device)]
+        drafted = proposal.drafted.to(device)[:, :K]
+        tokens = F.pad(drafted, (0, K - drafted.shape[1]))
         places = [start + j for start in starts for j in range(K + 1)]
         luck, deal = (self._keys(spread, places, purpose).view(len(rows), K + 1) for purpose in (LUCK, DEAL))
-        if odds is None:
+        if proposal.odds is None:
             q = torch.ones(len(rows), K, 1, device=device)
         else:
-            q = F.pad(odds, (0, 0, 0, K - odds.shape[1]))
+            q = F.pad(proposal.odds[:, :K], (0, 0, 0, K - drafted.shape[1]))
         kept, own = self.recorder(
-            judge, self._cuts(rows), logits, limits, q, tokens, counts, luck[:, :K].contiguous(), deal
-        )
+            judge, self._cuts(rows), logits, limits, q, tokens, on_device(counts, device),
+            luck[:, :K].contiguous(), deal,
+        )  # fmt: skip
         return list(zip(*torch.stack([kept, own]).tolist()))
-
-    def _greedy(self) -> bool:
-        return all(params.greedy for params in self.sampler.params)
 
     def _cuts(self, rows) -> bool:
         return any(self.sampler.params[row].cuts or self.sampler.params[row].greedy for row in rows)

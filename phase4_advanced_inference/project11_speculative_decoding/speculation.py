@@ -61,30 +61,34 @@ class Speculation:
         return self._kind(sampler, self.k, self._recorder)
 
     def propose(self, seated: Seated, rule: CoupledRule) -> Proposal:
-        """Guess what comes after each text; raises ValueError for a draft that proposes what it must not."""
+        """Guess what comes after each text; raises ValueError for a draft that proposes what it must not.
+
+        What a draft drew by the rule, and the host does not know yet, is of this vocabulary.
+        """
         # A step brings one token more than was drafted: none must exceed the limit.
         asks = [Ask(row, r.tokens, min(self.k, r.limit - len(r.tokens) - 1)) for row, r in seated]
         proposal = self.draft.propose(asks, rule.draft)
-        if len(proposal.tokens) != len(asks):
-            raise ValueError(f"the draft answered {len(proposal.tokens)} of {len(asks)} rows: give a list for each")
-        for ask, draft in zip(asks, proposal.tokens):
-            if len(draft) > max(ask.most, 0):
-                raise ValueError(f"the draft proposed {len(draft)} tokens for row {ask.row}: at most {ask.most} fit")
+        if len(proposal.counts) != len(asks):
+            raise ValueError(f"the draft answered {len(proposal.counts)} of {len(asks)} rows: give a list for each")
+        for ask, n in zip(asks, proposal.counts):
+            if n > max(ask.most, 0):
+                raise ValueError(f"the draft proposed {n} tokens for row {ask.row}: at most {ask.most} fit")
+        for draft in proposal.tokens if proposal.known else ():
             if not all(0 <= token < self._vocab_size for token in draft):
                 raise ValueError(f"the draft proposed {draft}, of which some are no tokens: ids go from 0 to "
                                  f"{self._vocab_size - 1}")  # fmt: skip
         return proposal
 
     def settle(
-        self, rule: CoupledRule, logits: Tensor, seated: Seated, drafts: Sequence[Sequence[int]], odds: Tensor | None
+        self, rule: CoupledRule, logits: Tensor, seated: Seated, proposal: Proposal
     ) -> list[list[tuple[int, Logprobs | None]]]:
         """What each text gains, with what was asked to be known of it: the tokens that stay, and the one behind them.
 
-        logits: (sum of len(draft) + 1, V), behind the newest token of each text and each of its draft.
-        odds: (R, K, V), what the drafts were drawn from; None: nothing was drawn.
+        logits: (sum of counts + 1, V), behind the newest token of each text and each of its draft.
         """
         rows = [row for row, _ in seated]
-        verdicts = rule.judge(logits, rows, [len(r.tokens) for _, r in seated], drafts, odds)
+        verdicts = rule.judge(logits, rows, [len(r.tokens) for _, r in seated], proposal)
+        drafts = proposal.tokens
         bursts = [[*draft[:kept], token] for draft, (kept, token) in zip(drafts, verdicts)]
         known = iter(_logprobs(rule.sampler, logits, rows, drafts, bursts))
         self.tally.calls += 1

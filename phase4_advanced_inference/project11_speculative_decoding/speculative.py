@@ -11,9 +11,9 @@ Each component is explained with paper references for educational purposes.
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
+from phase3_core_inference.project8_kv_cache.buffers import on_device
 from phase3_core_inference.project8_kv_cache.decoder import FastDecoder
 from phase3_core_inference.project8_kv_cache.generation import (
     Generation,
@@ -26,7 +26,7 @@ from phase3_core_inference.project8_kv_cache.generation import (
     prepare,
 )
 from phase3_core_inference.project8_kv_cache.texts import TextRequest
-from phase4_advanced_inference.project11_speculative_decoding.drafts import Draft
+from phase4_advanced_inference.project11_speculative_decoding.drafts import Draft, Proposal
 from phase4_advanced_inference.project11_speculative_decoding.rules import CoupledRule
 from phase4_advanced_inference.project11_speculative_decoding.speculation import Speculation
 
@@ -79,8 +79,8 @@ class SpeculativeWriter(Writer):
     def _speculate(self, seated: list[tuple[int, TextRequest]], rule: CoupledRule, held) -> Iterator[Piece]:
         """One step of the target for all rows: draft, check, keep."""
         proposal = self.speculation.propose(seated, rule)
-        logits = self._check([(row, r.tokens[-1]) for row, r in seated], proposal.tokens)
-        bursts = self.speculation.settle(rule, logits, seated, proposal.tokens, proposal.odds)
+        logits = self._check(seated, proposal)
+        bursts = self.speculation.settle(rule, logits, seated, proposal)
         for (row, request), burst in zip(seated, bursts):
             request.fed += len(burst)
             self.cache.truncate(row, request.fed)  # forget what was rejected
@@ -91,22 +91,22 @@ class SpeculativeWriter(Writer):
                 if piece.finish_reason:  # what was kept behind the end is no part of the text
                     break
 
-    def _check(self, newest: list[tuple[int, int]], drafts: list[list[int]]) -> Tensor:
+    def _check(self, seated: list[tuple[int, TextRequest]], proposal: Proposal) -> Tensor:
         """Logits behind the newest token of each row and behind each token of its draft.
 
         Drafts of unequal length are filled up where steps are compiled or recorded, if there is room: what is read
         behind a draft changes nothing before it, and is forgotten with what was rejected.
         """
-        width = self.speculation.k if any(drafts) else 0
-        room = all(self.cache.lengths[row] + 1 + width <= self.cache.capacity for row, _ in newest)
-        fill = self._even and room and any(len(draft) != width for draft in drafts)
-        read = [[token, *draft, *[token] * (fill * (width - len(draft)))] for (_, token), draft in zip(newest, drafts)]
-        work = [(row, len(part), len(part)) for (row, _), part in zip(newest, read)]
-        logits = self.decoder.step(work, [token for part in read for token in part])
+        rows, widths = [row for row, _ in seated], [1 + n for n in proposal.counts]
+        most = 1 + self.speculation.k if any(proposal.counts) else 1
+        room = all(self.cache.lengths[row] + most <= self.cache.capacity for row in rows)
+        fill = self._even and room and min(widths) < most
+        read = [most] * len(rows) if fill else widths
+        tokens = proposal.behind([request.tokens[-1] for _, request in seated], read)
+        logits = self.decoder.step([(row, n, n) for row, n in zip(rows, read)], tokens)
         if not fill:
             return logits
-        real = [i * (1 + width) + j for i, draft in enumerate(drafts) for j in range(1 + len(draft))]
-        return logits[torch.tensor(real, device=logits.device)]
+        return logits[on_device([i * most + j for i, n in enumerate(widths) for j in range(n)], logits.device)]
 
 
 def speculative_generate(

@@ -215,7 +215,7 @@ class _Liar:
 
     def propose(self, asks, draw):
         """The same, always."""
-        return Proposal([self.answer] * len(asks))
+        return Proposal.of([self.answer] * len(asks))
 
     def free(self, row):
         """Nothing."""
@@ -259,7 +259,7 @@ class _Limited(_Liar):
 
     def propose(self, asks, draw):
         """As much as fits."""
-        return Proposal([self.answer[: ask.most] for ask in asks])
+        return Proposal.of([self.answer[: ask.most] for ask in asks])
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ Each component is explained with paper references for educational purposes.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from phase3_core_inference.project8_kv_cache.buffers import on_device
 from phase3_core_inference.project8_kv_cache.decoder import FastDecoder
 from phase3_core_inference.project8_kv_cache.sampling import told
 from phase3_core_inference.project8_kv_cache.sampling_params import SamplingParams
@@ -134,7 +134,7 @@ class Runner(Batcher):
         known = sampler.known(logits)
         drawn = sampler.launch(sampler.penalized(known, rows), rows, places)
         sampler.remember(rows, drawn)
-        self.newest.index_copy_(0, sampler.to_device(np.array(rows)), drawn.clamp(min=0))
+        self.newest.index_copy_(0, on_device(rows, self.device), drawn.clamp(min=0))
         measured = sampler.measure(known, drawn, wanted)
         for request in drawing:
             request.pending += 1
@@ -179,7 +179,7 @@ class Runner(Batcher):
         """One step in which the newest token of each text is read together with a draft."""
         rule = self.speculation.rule(self.sampler)
         ready = [request for request in self.scheduler.running if not request.reading]
-        proposal = Proposal([])
+        proposal = Proposal.of([[]])
         if ready:
             proposal = self.speculation.propose([(request.row, request) for request in ready], rule)
         for request, draft in zip(ready, proposal.tokens):
@@ -190,13 +190,15 @@ class Runner(Batcher):
         self.seat(step)
         logits = self.forward(step)
         seated = [(request.row, request) for request in step.drawing]
-        wanted = [n_wanted for _, _, n_wanted in step.work if n_wanted]
-        drafts = [request.draft[: n - 1] for request, n in zip(step.drawing, wanted)]
         for request in ready:  # also of those that were left out of the step
             request.draft = []
         if not seated:
             return []
-        bursts = self.speculation.settle(rule, logits, seated, drafts, _odds_of(step.drawing, ready, proposal.odds))
+        # Who had no draft gets any row, of which nothing is read.
+        places = {id(request): place for place, request in enumerate(ready)}
+        counts = [n_wanted - 1 for _, _, n_wanted in step.work if n_wanted]
+        judged = proposal.pick([places.get(id(request), 0) for request in step.drawing], counts)
+        bursts = self.speculation.settle(rule, logits, seated, judged)
         for (row, request), burst in zip(seated, bursts):
             request.fed = len(request.tokens) - 1 + len(burst)
             self.cache.truncate(row, request.fed)  # forget what was rejected
@@ -262,14 +264,6 @@ class Runner(Batcher):
         most = self.cache.capacity
         parts = [most] * (n // most) + [n % most] * (n % most > 0)
         return [(row, part, 1) for row, part in enumerate(parts[: self.n_rows])]
-
-
-def _odds_of(drawing: list[Request], ready: list[Request], odds: Tensor | None) -> Tensor | None:
-    """The rows of a proposal's odds for those who draw; who had no draft gets any row, of which nothing is read."""
-    if odds is None:
-        return None
-    places = {id(request): place for place, request in enumerate(ready)}
-    return odds[torch.tensor([places.get(id(request), 0) for request in drawing], device=odds.device)]
 
 
 def paged(memory: int | None, page: int) -> Callable[..., PagedCache]:

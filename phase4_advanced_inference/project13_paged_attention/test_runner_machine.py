@@ -89,7 +89,7 @@ class Guess:
 
     def propose(self, asks, draw):
         """What would come next, greedily; every fifth beginning gets a wrong token."""
-        return Proposal([self.guess(list(ask.tokens), ask.most) for ask in asks])
+        return Proposal.of([self.guess(list(ask.tokens), ask.most) for ask in asks])
 
     def guess(self, text, most):
         """Up to so many tokens."""

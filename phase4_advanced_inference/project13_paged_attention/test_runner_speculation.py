@@ -146,7 +146,7 @@ def test_a_draft_that_lies_ends_the_step_and_leaves_a_usable_runner():
     draft = NGramDraft()
     runner = runner_of(speculation=Speculation(draft, k=2, rule="coupled"))
     request, propose = runner.add([1, 2, 1, 2], GREEDY), draft.propose
-    draft.propose = lambda asks, draw: type(propose(asks, draw))([[V]] * len(asks))
+    draft.propose = lambda asks, draw: type(propose(asks, draw)).of([[V]] * len(asks))
     with pytest.raises(ValueError, match="some are no tokens"):
         drain(runner)
     draft.propose = propose
