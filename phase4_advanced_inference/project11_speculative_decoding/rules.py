@@ -125,7 +125,9 @@ class CoupledRule:
         return flat, [j for n in counts for j in range(n + 1)]
 
     def _before(self, proposal: Proposal, depths: Sequence[int]) -> Tensor:
-        """The drafted tokens before each place (places, K); V where there are none."""
+        """The drafted tokens before each place (places, K); V where there are none. Without a penalty nobody asks."""
+        if self.sampler.seen is None:
+            return proposal.drafted
         device, V = self.sampler.device, self.sampler.vocab_size
         owner = on_device([i for i, n in enumerate(proposal.counts) for _ in range(n + 1)], device)
         drafted = proposal.drafted.to(device)[owner]
