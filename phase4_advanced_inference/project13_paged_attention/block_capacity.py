@@ -158,8 +158,7 @@ class Blocks:
         WHY: a batch of questions about one text reads it once, not once for each.
         """
         for request in self._grown:
-            if request.row is not None:
-                self._keep(request)
+            self._keep(request)
         self._grown.clear()
 
     def _keep(self, request: Request) -> None:
@@ -197,6 +196,7 @@ class Blocks:
         self._leave(request)
 
     def _leave(self, request: Request) -> None:
+        self._grown = [other for other in self._grown if other is not request]
         self.cache.free(request.row)
         self._rows.append(request.row)
         request.row = None
