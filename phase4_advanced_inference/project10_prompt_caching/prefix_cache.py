@@ -41,7 +41,7 @@ class Span(Protocol):
 
 def packed(tokens: Sequence[int]) -> array:
     """Tokens as numbers side by side: thousands of them are compared in microseconds."""
-    return array("Q", list(tokens))
+    return array("Q", tokens if isinstance(tokens, list) else list(tokens))
 
 
 @dataclass(eq=False)
