@@ -127,6 +127,8 @@ class RadixCache:
         budget: bytes that all spans together may take; None: no limit.
         page: tokens are matched and split in whole pages of so many (project 13: the size of a block).
 
+    Tokens are whole numbers from 0 on.
+
     >>> class Letters(str):                                             # a span can be anything
     ...     nbytes = property(len)
     ...     def split(self, n): return Letters(self[:n]), Letters(self[n:])
