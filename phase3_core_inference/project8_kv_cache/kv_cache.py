@@ -130,9 +130,8 @@ class ContiguousCache:
 
     def plan(self, work: Work, tokens: Sequence[int] | None = None) -> CachePlan:
         """The plan of one step; with `tokens` (in the order of the work) it holds them, padded, as `plan.tokens`."""
-        check_work(work, self.lengths, self.capacity)
+        layout = Layout.of(work, self.lengths, self.capacity)
         self._check(work)
-        layout = Layout.of(work, self.lengths)
         if tokens is not None and len(tokens) != len(layout.positions):
             raise ValueError(f"{len(tokens)} tokens were given for work that has {len(layout.positions)}: {work}")
         kind, shape = self._shape(layout)

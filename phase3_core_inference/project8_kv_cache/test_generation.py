@@ -214,7 +214,7 @@ def test_tokens_of_any_kind_and_only_those_of_the_vocabulary(model):
         assert generate(model, TOKENIZER, [prompt, "a"], GREEDY)[0].tokens == expected
     assert [text.tokens for text in generate(model, TOKENIZER, torch.tensor([tokens] * 2), GREEDY)] == [expected] * 2
     last = TOKENIZER.vocab_size - 1
-    for wrong in (-1, last + 1, 10**6):
+    for wrong in (-1, last + 1, 10**6, 2**70, -(2**70)):
         with pytest.raises(ValueError, match=f"token id {wrong} is none of this vocabulary, .* from 0 to {last}"):
             generate(model, TOKENIZER, [5, wrong, 7], GREEDY)
     with pytest.raises(TypeError):

@@ -7,6 +7,7 @@ This file implements what one step of decoding is told to do, and its shape, fol
 Each component is explained with paper references for educational purposes.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -38,27 +39,31 @@ class Layout:
     wanted: np.ndarray  # (W,) tokens whose logits are wanted
 
     @classmethod
-    def of(cls, work: Work, lengths: Sequence[int]) -> "Layout":
-        """Lay out checked work.
+    def of(cls, work: Work, lengths: Sequence[int], capacity: int) -> "Layout":
+        """Lay out work; raises ValueError for what cannot be done (nothing has been changed then).
 
-        >>> layout = Layout.of([(2, 3, 1), (0, 1, 1)], lengths=[7, 0, 4])
+        >>> layout = Layout.of([(2, 3, 1), (0, 1, 1)], lengths=[7, 0, 4], capacity=16)
         >>> layout.positions.tolist(), layout.token_rows.tolist(), layout.wanted.tolist()
         ([4, 5, 6, 7], [2, 2, 2, 0], [2, 3])
         """
-        rows, news, wants = np.array(work, dtype=np.int64).T
-        starts = np.array(lengths, dtype=np.int64)[rows]
+        check_work(work, lengths, capacity)
+        numbers = np.fromiter(itertools.chain.from_iterable(work), np.int64, 3 * len(work))
+        rows, news, wants = numbers.reshape(-1, 3).T.copy()  # each in one piece
+        ends = news + [lengths[row] for row, _, _ in work]
+        tokens = np.arange(news.sum())
         order = np.arange(len(rows)).repeat(news)
-        offsets = np.arange(len(order)) - (news.cumsum() - news)[order]
-        wanted = (offsets >= (news - wants)[order]).nonzero()[0]
-        return cls(rows, news, starts + news, rows[order], order, offsets, starts[order] + offsets, wanted)
+        upto = news.cumsum()  # tokens of the step up to the last of each row
+        offsets = tokens - (upto - news)[order]
+        positions = tokens + (ends - upto)[order]
+        everything = (wants == news).all()
+        wanted = tokens if everything else (tokens >= (upto - wants)[order]).nonzero()[0]
+        return cls(rows, news, ends, rows[order], order, offsets, positions, wanted)
 
 
 def check_work(work: Work, lengths: Sequence[int], capacity: int) -> None:
     """Raise ValueError for work that cannot be done; nothing has been changed then."""
     if not work:
         raise ValueError("work=[] has nothing to do: give (row, n_new, n_wanted) for at least one row")
-    if _is_sound(work, lengths, capacity):
-        return
     seen = set()
     for row, n_new, n_wanted in work:
         if not 0 <= row < len(lengths):
@@ -75,15 +80,6 @@ def check_work(work: Work, lengths: Sequence[int], capacity: int) -> None:
                 f"(free the row), or build the cache with more capacity, up to the model's block_size"
             )
         seen.add(row)
-
-
-def _is_sound(work: Work, lengths: Sequence[int], capacity: int) -> bool:
-    """The same in a few operations for all rows; which of them is wrong, the loop tells."""
-    rows, news, wants = np.array(work, dtype=np.int64).T
-    if rows.min() < 0 or rows.max() >= len(lengths) or np.bincount(rows).max() > 1:
-        return False
-    ends = np.array(lengths)[rows] + news
-    return bool((news >= 1).all() and (wants >= 0).all() and (wants <= news).all() and (ends <= capacity).all())
 
 
 def power_of_two(n: int) -> int:

@@ -12,6 +12,7 @@ Each component is explained with paper references for educational purposes.
 
 import heapq
 import itertools
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -38,14 +39,19 @@ class Span(Protocol):
         ...
 
 
+def packed(tokens: Sequence[int]) -> array:
+    """Tokens as numbers side by side: thousands of them are compared in microseconds."""
+    return array("Q", tokens if isinstance(tokens, list) else list(tokens))
+
+
 @dataclass(eq=False)
 class _Node:
     """An edge of the tree and where it ends: some tokens, and the span for them."""
 
-    tokens: tuple[int, ...]
+    tokens: array
     span: Span | None
     parent: "_Node | None"
-    children: "dict[tuple[int, ...], _Node]" = field(default_factory=dict)  # by their first page of tokens
+    children: "dict[bytes, _Node]" = field(default_factory=dict)  # by their first page of tokens
     holders: int = 0  # matches that are in use, here or further down
     touched: int = 0  # when it was last asked for
 
@@ -69,14 +75,18 @@ class Match:
     WHY: spans are used after the tree was asked, and another request may fill it meanwhile.
     """
 
-    def __init__(self, length: int, parts: list[tuple[Span, int]], node: _Node):
-        self.length, self.parts, self._node = length, parts, node
-        for each in node.path():
+    def __init__(self, asked: int, length: int, parts: list[tuple[Span, int]], node: _Node):
+        self.asked, self.length, self.parts, self._node = asked, length, parts, node
+        for each in self.path():
             each.holders += 1
+
+    def path(self) -> list[_Node]:
+        """The nodes that it holds."""
+        return self._node.path() if self._node else []
 
     def release(self) -> None:
         """The spans are not used any more; a second time does nothing."""
-        for each in self._node.path() if self._node else ():
+        for each in self.path():
             each.holders -= 1
         self._node = None
 
@@ -117,6 +127,8 @@ class RadixCache:
         budget: bytes that all spans together may take; None: no limit.
         page: tokens are matched and split in whole pages of so many (project 13: the size of a block).
 
+    Tokens are whole numbers from 0 on.
+
     >>> class Letters(str):                                             # a span can be anything
     ...     nbytes = property(len)
     ...     def split(self, n): return Letters(self[:n]), Letters(self[n:])
@@ -134,7 +146,7 @@ class RadixCache:
         if page < 1 or (budget is not None and budget < 0):
             raise ValueError(f"budget={budget} must be at least 0, or none, and page={page} at least 1")
         self.budget, self.page = budget, page
-        self.root = _Node((), None, None)
+        self.root = _Node(packed(()), None, None)
         self.statistics, self.nbytes, self.n_tokens = Statistics(), 0, 0
         self._clock = itertools.count(1)
 
@@ -142,27 +154,35 @@ class RadixCache:
         """The longest known beginning, in whole pages; hold it as long as its spans are used.
 
         A model needs at least one token to go on from: pass all but the last. Who only wants to look asks for a match
-        that is not `counted`, and does not make it look used.
+        that is not `counted`, and does not make it look used; if it is used after all, `count` says so.
         """
-        tokens = tuple(tokens)
+        tokens = packed(tokens)
         node, n, parts = self._walk(tokens)
-        if not counted:
-            return Match(n, parts, node)
+        match = Match(len(tokens), n, parts, node)
+        if counted:
+            self.count(match)
+        return match
+
+    def count(self, match: Match) -> None:
+        """A match that is held is used: statistics know of it, and its spans are the last to be evicted."""
         now = next(self._clock)
-        for each in node.path():
+        for each in match.path():
             each.touched = now
-        self.statistics.asked += len(tokens)
-        self.statistics.found += n
-        return Match(n, parts, node)
+        self.statistics.asked += match.asked
+        self.statistics.found += match.length
 
     def known(self, tokens: Sequence[int]) -> int:
         """How many tokens `match` would find; nothing is counted or touched."""
-        return self._walk(tuple(tokens))[1]
+        return self._walk(packed(tokens))[1]
 
-    def _walk(self, tokens: tuple[int, ...]) -> tuple[_Node, int, list[tuple[Span, int]]]:
+    def _key(self, tokens: array, n: int = 0) -> bytes:
+        """The page of tokens behind the first n, by which a node finds its child."""
+        return tokens[n : n + self.page].tobytes()
+
+    def _walk(self, tokens: array) -> tuple[_Node, int, list[tuple[Span, int]]]:
         """The node in which the known beginning ends, its length, and the spans on the way with how much of each."""
         node, n, parts = self.root, 0, []
-        while (child := node.children.get(tokens[n : n + self.page])) is not None:
+        while (child := node.children.get(self._key(tokens, n))) is not None:
             alike = self._alike(child.tokens, tokens[n:])
             parts.append((child.span, alike))
             node, n = child, n + alike
@@ -170,7 +190,7 @@ class RadixCache:
                 break
         return node, n, parts
 
-    def _alike(self, a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    def _alike(self, a: array, b: array) -> int:
         """The number of equal tokens at the beginning, in whole pages, found by halves: comparing slices is quick."""
         low, high = 0, min(len(a), len(b))
         if a[:high] == b[:high]:
@@ -190,7 +210,7 @@ class RadixCache:
             was used longest ago goes, the new text itself last of all.
         WHY: what is there already need not be copied out of a cache again.
         """
-        tokens = tuple(tokens)[: len(tokens) // self.page * self.page]
+        tokens = packed(tokens)[: len(tokens) // self.page * self.page]
         node, n, _ = self._walk(tokens)
         inside = n - sum(len(each.tokens) for each in node.path()[:-1])  # of the last edge
         now = next(self._clock)
@@ -200,7 +220,7 @@ class RadixCache:
             child = _Node(tokens[n:], make(n, len(tokens)), node)
             if len(child.span) != len(child.tokens):
                 raise ValueError(f"the span for {len(child.tokens)} tokens is for {len(child.span)}")
-            node.children[child.tokens[: self.page]] = node = child
+            node.children[self._key(child.tokens)] = node = child
             self._count(child, 1)
             self.statistics.inserted += len(child.tokens)
         for each in node.path():
@@ -214,9 +234,9 @@ class RadixCache:
         head, tail = node.span.split(n)
         before = node.span.nbytes
         above = _Node(node.tokens[:n], head, node.parent, holders=node.holders, touched=node.touched)
-        node.parent.children[above.tokens[: self.page]] = above
+        node.parent.children[self._key(above.tokens)] = above
         node.tokens, node.span, node.parent = node.tokens[n:], tail, above
-        above.children[node.tokens[: self.page]] = node
+        above.children[self._key(node.tokens)] = node
         self.nbytes += head.nbytes + tail.nbytes - before
         return above
 
@@ -257,7 +277,7 @@ class RadixCache:
             leaf.tokens = leaf.tokens[:keep]
             self._count(leaf, 1)
         else:
-            del leaf.parent.children[leaf.tokens[: self.page]]
+            del leaf.parent.children[self._key(leaf.tokens)]
             leaf.span = None
         tail.drop()
         return before - self.nbytes

@@ -71,6 +71,19 @@ def test_counts_are_exact():
     assert RadixCache().statistics.hit_rate == 0.0
 
 
+def test_a_look_is_counted_once_it_is_used():
+    cache = RadixCache(budget=6 * SIZE)
+    insert(cache, [1, 1, 1])
+    insert(cache, [2, 2, 2])
+    cache.match([1, 1, 1, 5], counted=False).release()
+    assert (cache.statistics.asked, cache.statistics.found) == (0, 0)
+    with cache.match([1, 1, 1, 5], counted=False) as match:
+        cache.count(match)
+    assert (cache.statistics.asked, cache.statistics.found) == (4, 3)
+    insert(cache, [3, 3])
+    assert cache.known((2, 2, 2)) == 1 and cache.known((1, 1, 1)) == 3  # it was used last
+
+
 def test_what_was_used_longest_ago_goes_first_and_from_its_end():
     cache = RadixCache(budget=6 * SIZE)
     insert(cache, (1, 1, 1))

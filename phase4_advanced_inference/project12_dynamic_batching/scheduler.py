@@ -105,11 +105,13 @@ class Scheduler:
         self.n_steps += 1
         step = Step(self.max_tokens)
         self._make_way(step)
-        ordered = sorted(self.running, key=_importance)
-        for request in [r for r in ordered if not r.reading]:
+        decoding, reading = [], []
+        for request in sorted(self.running, key=_importance):
+            (reading if request.reading else decoding).append(request)
+        for request in decoding:
             if request.row is not None and not request.complete:
                 self._serve(request, step, 1 + len(request.draft))
-        for request in [r for r in ordered if r.reading]:
+        for request in reading:
             if request.row is not None:
                 self._serve(request, step, request.unread)
         self._admit(step)

@@ -100,21 +100,26 @@ class Blocks:
                 return False
             self._swap_in(request)
             return True
-        known = self._known(request, counted=False)
-        taken = int((self.cache.allocator.counts[known] == 1).sum())  # of the available ones, by this request
+        if self.tree is None:
+            return self._begin(request, [], n_running)
+        # The beginning of a text that the tree has: never all of it, as one token must be read.
+        with self.tree.match(request.tokens[:-1], counted=False) as match:
+            known = [block for span, n in match.parts for block in span.blocks[: n // self.cache.page]]
+            begun = self._begin(request, known, n_running)
+            if begun:
+                self.tree.count(match)
+        return begun
+
+    def _begin(self, request: Request, known: list[int], n_running: int) -> bool:
+        """Give a request a row that begins with the blocks known of its text, if the others fit."""
+        blocks = np.array(known, dtype=np.int64)
+        taken = int((self.cache.allocator.counts[blocks] == 1).sum())  # of the available ones, by this request
         if self._n_blocks(len(request.tokens) + 1) - len(known) + n_running > self.available - taken:
             return False
         request.row = self._rows.pop()
-        self.cache.adopt(request.row, self._known(request, counted=True))
+        self.cache.adopt(request.row, blocks)
         request.fed = self.cache.lengths[request.row]
         return True
-
-    def _known(self, request: Request, counted: bool) -> list[int]:
-        """The blocks of the beginning of a text that the tree has: never all of it, as one token must be read."""
-        if self.tree is None:
-            return []
-        with self.tree.match(request.tokens[:-1], counted) as match:
-            return [block for span, n in match.parts for block in span.blocks[: n // self.cache.page]]
 
     def _swap_in(self, request: Request) -> None:
         kept = request.kept
@@ -153,8 +158,7 @@ class Blocks:
         WHY: a batch of questions about one text reads it once, not once for each.
         """
         for request in self._grown:
-            if request.row is not None:
-                self._keep(request)
+            self._keep(request)
         self._grown.clear()
 
     def _keep(self, request: Request) -> None:
@@ -192,6 +196,7 @@ class Blocks:
         self._leave(request)
 
     def _leave(self, request: Request) -> None:
+        self._grown = [other for other in self._grown if other is not request]
         self.cache.free(request.row)
         self._rows.append(request.row)
         request.row = None

@@ -249,7 +249,8 @@ def tile_list(begins: Tensor, n_tokens: int, block_q: int) -> tuple[Tensor, Tens
     PAPER CONTEXT: parallel over tiles of queries; there all rows are equally long, and a tile is an index.
     INTUITION: seats for all who may come are set before anyone is counted; some stay empty.
     IMPLEMENTATION: row r gets the seats from begins[r] // block_q + r on, which always suffice; a seat behind its row's
-        end gets row -1. Made on the device, once a step for all layers; its size depends on shapes alone.
+        end gets row -1. Made on the device; its size depends on shapes alone. A plan knows the lengths, and
+        writes the same list on the host, once a step for all layers (`write_tiles`).
     WHY: the host need not know the lengths, so that nothing waits, and a graph can be captured.
 
     >>> rows, firsts = tile_list(torch.tensor([0, 1, 6], dtype=torch.int32), n_tokens=6, block_q=4)

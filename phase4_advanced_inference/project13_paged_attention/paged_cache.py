@@ -259,13 +259,12 @@ class PagedCache:
 
     def plan(self, work: Work, tokens: Sequence[int] | None = None) -> PagedPlan:
         """The plan of one step; with `tokens` (in the order of the work) it holds them, padded, as `plan.tokens`."""
-        check_work(work, self.lengths, self.capacity)
-        layout = Layout.of(work, self.lengths)
+        layout = Layout.of(work, self.lengths, self.capacity)
         if tokens is not None and len(tokens) != len(layout.positions):
             raise ValueError(f"{len(tokens)} tokens were given for work that has {len(layout.positions)}: {work}")
         self._reserve_all(work)
-        blocks = self.tables[layout.token_rows, layout.positions // self.page]
-        slots = blocks * self.page + layout.positions % self.page
+        numbers, places = np.divmod(layout.positions, self.page)
+        slots = self.tables[layout.token_rows, numbers] * self.page + places
         plan = self._find(*self._shape(layout))
         plan.fill(layout, slots, self.tables[layout.rows, : plan.shape.n_keys], tokens)
         for row, end in zip(layout.rows.tolist(), layout.ends.tolist()):

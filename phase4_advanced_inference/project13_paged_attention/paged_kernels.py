@@ -177,7 +177,7 @@ def ragged_kernel(q_ptr, k_ptr, v_ptr, tables_ptr, begins_ptr, ends_ptr, rows_pt
     PAPER: "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", arXiv:2307.08691, 3.2.
     PAPER CONTEXT: the outer loop over queries is parallel, the inner one over keys is the program's own.
     INTUITION: a shop with one queue for all: customers with full carts and with one bottle stand in the same line.
-    IMPLEMENTATION: which row a tile belongs to is looked up in a list made on the device. The last tiles of a prompt
+    IMPLEMENTATION: which row a tile belongs to is looked up in a list that was made before. The last tiles of a prompt
         see the most keys, so they start first. A tile with a query or two (a decode) is a product of SMALL rows.
     WHY: chunks of prompts and single tokens of other rows go through one launch, whose size the host knows.
     """

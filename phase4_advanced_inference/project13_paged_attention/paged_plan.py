@@ -22,9 +22,26 @@ from phase4_advanced_inference.project13_paged_attention.paged_attention import 
     paged_attention,
     queries_of_a_tile,
     splits_of,
-    tile_list,
 )
 from phase4_advanced_inference.project13_paged_attention.paged_store import PagedStore
+
+ALIGNED = 4  # of int32, 16 bytes: Triton compiles a kernel anew for pointers that begin elsewhere
+
+
+def write_tiles(begins: np.ndarray, block_q: int, rows: np.ndarray, firsts: np.ndarray) -> None:
+    """What `tile_list` makes on the device, written into `rows` and `firsts` by a host that knows the lengths.
+
+    >>> rows, firsts = np.zeros(4, dtype=np.int64), np.zeros(4, dtype=np.int64)
+    >>> write_tiles(np.array([0, 1, 6]), 4, rows, firsts)
+    >>> rows.tolist(), firsts[:3].tolist()      # row 0: token 0; row 1: tokens 1 to 4, and 5; a seat stays empty
+    ([0, 1, 1, -1], [0, 1, 5])
+    """
+    starts = begins // block_q + np.arange(len(begins))  # the first seat of each row
+    n = starts[-1]
+    rows[:n], rows[n:] = np.arange(len(begins) - 1).repeat(np.diff(starts)), -1
+    owners = rows[:n]
+    firsts[:n] = begins[owners] + (np.arange(n) - starts[owners]) * block_q
+    owners[firsts[:n] >= begins[owners + 1]] = -1
 
 
 class PagedPlan:
@@ -47,27 +64,34 @@ class PagedPlan:
     begins  (R + 1,)  where the new tokens of each row begin         0 3 4
     ends    (R,)      length of each row after this step             7 8
     tables  (R, M)    blocks of each row, in order                   0 1 | 3 7
+
+    Where rows differ, the tiles of the ragged kernel follow (`write_tiles`).
     """
 
     def __init__(self, specs: Sequence[LayerSpec], stores: Sequence[PagedStore], shape: Shape, even: bool, device):
         self.specs, self.stores, self.shape, self.even = specs, stores, shape, even
         self.n_each = shape.n_each if even else None
         N, W, R, _, M = shape
-        self.buffers = StepBuffers({"tokens": N, "positions": N, "rows": N, "slots": N, "wanted": W, "places": R + 1 + R
-                                    + R * M}, device)  # fmt: skip
+        sizes = [queries_of_a_tile(s.n_head, s.n_kv_head, s.head_size, s.value_size) for s in specs]
+        self._sizes = [] if even else list(dict.fromkeys(sizes))
+        parts = [R + 1, R, R * M, *(N // size + R for size in self._sizes for _ in ("rows", "firsts"))]
+        room = [-(-n // ALIGNED) * ALIGNED for n in parts]
+        self.buffers = StepBuffers({"tokens": N, "positions": N, "rows": N, "slots": N, "wanted": W,
+                                    "places": sum(room)}, device)  # fmt: skip
         views = self.buffers.device
         self.tokens, self.positions, self.rows = views["tokens"], views["positions"], views["rows"]
         self.slots, self.wanted, self._places = views["slots"], views["wanted"], views["places"]
         # Kernels count places in int32: narrowed once a step, for all layers.
         self._narrow = torch.zeros(len(self._places), dtype=torch.int32, device=device)
-        self.begins, self.ends, tables = self._narrow.split([R + 1, R, R * M])
+        self.begins, self.ends, tables, *tiles = (x[:n] for x, n in zip(self._narrow.split(room), parts))
         self.tables = tables.view(R, M)
-        self._sizes = [queries_of_a_tile(s.n_head, s.n_kv_head, s.head_size, s.value_size) for s in specs]
+        host = np.split(self.buffers.open()["places"], np.cumsum(room)[:-1])
+        self._begins, self._ends, tables, *self._seats = (x[:n] for x, n in zip(host, parts))
+        self._tables = tables.reshape(R, M)
         keys = M * stores[0].page
         self._splits = [splits_of(R, spec.n_kv_head, keys, torch.device(device)) for spec in specs]
-        self._tiles: dict[int, tuple[Tensor, Tensor] | None] = dict.fromkeys(self._sizes)
-        for size in self._tiles if not even else ():
-            self._tiles[size] = tuple(torch.zeros(2, N // size + R, dtype=torch.int32, device=device))
+        pairs = dict(zip(self._sizes, zip(tiles[::2], tiles[1::2])))
+        self._tiles: list[tuple[Tensor, Tensor] | None] = [pairs.get(size) for size in sizes]
         self.n_tokens = self.n_wanted = 0
 
     @property
@@ -82,7 +106,7 @@ class PagedPlan:
 
     def fill(self, layout: Layout, slots: np.ndarray, tables: np.ndarray, tokens: Sequence[int] | None) -> None:
         """Write where everything stands, and send it off: slots (N,), and tables (R, M) of the rows in the layout."""
-        part, (N, _, R, T, M) = self.buffers.open(), self.shape
+        part, most = self.buffers.open(), max(self.shape.n_each, 1)
         n, r = len(layout.positions), len(layout.rows)
         spare = self.stores[0].n_blocks  # the block for padding
         self.n_tokens, self.n_wanted = n, len(layout.wanted)
@@ -92,24 +116,20 @@ class PagedPlan:
             m = 0 if values is None else len(values)
             part[name][:m] = values if m else 0
             part[name][m:] = padding
-        begins, ends, places = np.split(part["places"], [R + 1, R + 1 + R])
-        begins[: r + 1] = np.concatenate(([0], layout.news.cumsum()))
-        begins[r + 1 :] = n
-        ends[:r], ends[r:] = layout.ends, max(T, 1)  # padding rows read the block for padding
-        places = places.reshape(R, M)
-        places[:r, : tables.shape[1]], places[r:] = tables, spare
+        self._begins[1 : r + 1], self._begins[r + 1 :] = layout.news.cumsum(), n  # the first is always 0
+        self._ends[:r], self._ends[r:] = layout.ends, most  # padding rows read the block for padding
+        self._tables[:r, : tables.shape[1]], self._tables[r:] = tables, spare
+        for size, rows, firsts in zip(self._sizes, self._seats[::2], self._seats[1::2]):
+            write_tiles(self._begins, size, rows, firsts)
         self.buffers.send()
         self._narrow.copy_(self._places)
-        for size, kept in self._tiles.items() if not self.even else ():
-            for old, new in zip(kept, tile_list(self.begins, N, size)):
-                old.copy_(new)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write k (N, Hkv, D) and v (N, Hkv, Dv), then let q (N, H, D) read what there is: (N, H, Dv)."""
         store, spec = self.stores[layer], self.specs[layer]
         store.write(self.slots, k, v)
         y = paged_attention(q.to(store.dtype), store.k, store.v, self.tables, self.begins, self.ends, spec.scale,
-                            spec.window, self.n_each, self._splits[layer], self._tiles[self._sizes[layer]])  # fmt: skip
+                            spec.window, self.n_each, self._splits[layer], self._tiles[layer])  # fmt: skip
         return y.to(q.dtype)
 
     def select(self, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,7 @@ from phase4_advanced_inference.project13_paged_attention.paged_attention import 
     queries_of_a_tile,
     tile_list,
 )
+from phase4_advanced_inference.project13_paged_attention.paged_plan import write_tiles
 
 interpreted = pytest.mark.skipif(not kernels.interpreting(), reason="runs in the process of its own")
 outside = pytest.mark.skipif(kernels.interpreting(), reason="this is the process of the interpreter")
@@ -199,6 +201,10 @@ def test_every_query_is_in_exactly_one_tile():
             for token in range(first, min(first + block_q, begins[row + 1])) if row >= 0 else ():
                 owners[token].append(row)
         assert owners == [[row] for row, count in enumerate(counts) for _ in range(count)] + [[]] * (N - sum(counts))
+        seats = np.full((2, len(rows)), 7)  # whatever the last step left there
+        write_tiles(begins.numpy().astype(np.int64), block_q, *seats)
+        assert seats[0].tolist() == rows.tolist()
+        assert seats[1][seats[0] >= 0].tolist() == firsts[rows >= 0].tolist()
 
 
 def test_all_candidates_of_a_width_have_tiles_of_the_same_queries():
