@@ -10,6 +10,7 @@ with the same weights. A pair of models is trained first, in minutes, where ther
 """
 
 import functools
+import itertools
 import shlex
 import subprocess
 import sys
@@ -74,11 +75,16 @@ class _Bench:
 
     def writer(self, draft=None, n_rows=1, k=4, rule="rejection"):
         """A writer with the draft of this name, or without one; all else is the same."""
-        options = {"n_rows": n_rows, "capacity": self.s.PROMPT_TOKENS + self.s.NEW_TOKENS, "graphs": self.graphs}
+        options = {"n_rows": n_rows, "capacity": self.s.PROMPT_TOKENS + self.s.NEW_TOKENS, "graphs": self.graphs,
+                   "cache": self.s.CACHE}  # fmt: skip
         if draft is None:
             return Writer(self.target, self.tokenizer, **options)
-        kind = ModelDraft(self.small, graphs=self.graphs) if draft == "model" else NGramDraft()
+        kind = self.model_draft() if draft == "model" else NGramDraft()
         return SpeculativeWriter(self.target, self.tokenizer, kind, k, rule, **options)
+
+    def model_draft(self):
+        """The small model as a draft."""
+        return ModelDraft(self.small, cache=self.s.CACHE, graphs=self.graphs)
 
     def params(self, n, temperature=0.0):
         """One SamplingParams a prompt, each with a seed of its own."""
@@ -208,14 +214,16 @@ def measure_speed(report, s, bench):
 def costs(s, bench, n_rows):
     """(c, {k: time of a step over k + 1 tokens}), in steps of the target over one token a row."""
     length, calls = s.PROMPT_TOKENS + s.NEW_TOKENS // 2, {}
-    target, draft = bench.writer(n_rows=n_rows).decoder, ModelDraft(bench.small, graphs=bench.graphs)
+    target, draft = bench.writer(n_rows=n_rows).decoder, bench.model_draft()
     draft.prepare(n_rows, s.PROMPT_TOKENS + s.NEW_TOKENS, bench.tokenizer.vocab_size)
+    for decoder, row in itertools.product((target, draft.decoder), range(n_rows)):
+        decoder.step([(row, length, 0)], [1] * length)
 
     def step(decoder, n):
-        decoder.cache.lengths[:] = [length] * n_rows  # what was not written is zeros: they cost the same
         # Both sides look at the result: without that a GPU would still be working when the clock stops.
         for _ in range(8):
-            decoder.cache.lengths[:] = [length] * n_rows
+            for row in range(n_rows):
+                decoder.cache.truncate(row, length)
             decoder.step([(row, n, n) for row in range(n_rows)], [1] * n * n_rows).argmax(-1).tolist()
 
     calls[0] = functools.partial(step, draft.decoder, 1)

@@ -30,6 +30,7 @@ K = 4  # length where only one is measured
 TEMPERATURES: list[float] = [0.0, 0.7, 1.0]  # of sampling
 SPEED_KS: list[int] = [1, 2, 4]  # lengths of drafts that are timed
 BATCHES: list[int] = [1, 8]  # prompts at a time that are timed
+CACHE = "paged" if _GPU else "contiguous"  # of target and draft: which reads k + 1 tokens in the time of one
 REPEATS = 5 if _GPU else 3  # timed runs, all rivals in turn
 
 _RULES = (
