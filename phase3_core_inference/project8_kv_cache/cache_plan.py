@@ -95,14 +95,14 @@ class CachePlan:
         self._places = torch.arange(max(self.keys), device=device)
 
     @property
-    def short(self) -> bool:
-        """Whether this is a step of decoding or verification, which is worth compiling."""
+    def compiles(self) -> bool:
+        """Whether steps of this shape are worth compiling: those of decoding and verification."""
         return self.shape.n_each <= SHORT and self.shape.n_wanted == self.shape.n_tokens
 
     @property
     def returns(self) -> bool:
         """Whether steps of this shape will come often enough to be recorded."""
-        return self.short
+        return self.compiles
 
     def fill(self, layout: Layout, tokens: Sequence[int] | None) -> None:
         """Write where everything stands, and send it off."""

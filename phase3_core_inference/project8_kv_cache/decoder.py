@@ -92,7 +92,7 @@ class FastDecoder(Decoder):
 
     def _first(self, plan, tokens: Tensor) -> Callable[[Tensor], Tensor]:
         """What runs steps of this plan from now on."""
-        forward = self._forward if plan.short else self.model.forward
+        forward = self._forward if plan.compiles else self.model.forward
         with torch._dynamo.config.patch(recompile_limit=SHAPES):
             forward(tokens, plan)  # compiled here, if at all: later calls find the code
         return self._record(lambda tokens: forward(tokens, plan), tokens)

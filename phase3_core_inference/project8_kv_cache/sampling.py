@@ -67,7 +67,7 @@ class Sampler:
         self.seen: Tensor | None = None  # (R, V), once somebody's repetitions are penalized
         self._whole: set[int] = set()  # rows that draw from all tokens
         self._stems = np.zeros(n_rows, dtype=np.uint64)
-        self._numbers = torch.tensor([[*limits_of(_NOBODY, vocab_size), 1.0]] * n_rows)  # on the host
+        self._numbers = np.array([[*limits_of(_NOBODY, vocab_size), 1.0]] * n_rows, dtype=np.float32)  # on the host
         self._on_device: Tensor | None = None  # the same; None: out of date
 
     @classmethod
@@ -81,7 +81,7 @@ class Sampler:
     def put(self, row: int, params: SamplingParams, seed: int, tokens: Sequence[int]) -> None:
         """Give a row to a request, whose text so far is `tokens`."""
         self.params[row], self.seeds[row], self._stems[row] = params, seed, stem(seed)
-        self._numbers[row] = torch.tensor([*limits_of(params, self.vocab_size), params.repetition_penalty])
+        self._numbers[row] = *limits_of(params, self.vocab_size), params.repetition_penalty
         self._on_device = None
         self._whole.discard(row)
         if params.repetition_penalty != 1.0 and self.seen is None:
@@ -102,7 +102,8 @@ class Sampler:
 
     def _sent(self) -> Tensor:
         if self._on_device is None:
-            numbers = self._numbers.pin_memory() if self.device.type == "cuda" else self._numbers.clone()
+            numbers = torch.from_numpy(self._numbers.copy())
+            numbers = numbers.pin_memory() if self.device.type == "cuda" else numbers
             self._on_device = numbers.to(self.device, non_blocking=True)
         return self._on_device
 

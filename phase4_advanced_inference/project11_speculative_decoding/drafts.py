@@ -61,10 +61,9 @@ class Proposal:
         [[5, 6], [0, 0]]
         """
         counts = [len(row) for row in tokens]
-        drafted = torch.zeros(len(counts), max(counts, default=0), dtype=torch.long)
-        for line, row in zip(drafted, tokens):
-            line[: len(row)] = torch.tensor(row, dtype=torch.long)
-        proposal = cls(drafted, counts)
+        width = max(counts, default=0)
+        filled = [[*row, *[0] * (width - len(row))] for row in tokens]
+        proposal = cls(torch.tensor(filled, dtype=torch.long).view(len(counts), width), counts)
         proposal._tokens = [list(row) for row in tokens]
         return proposal
 

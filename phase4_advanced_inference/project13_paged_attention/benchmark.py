@@ -24,10 +24,10 @@ from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
 from phase3_core_inference.project8_kv_cache.generation import SamplingParams, generate
 from phase3_core_inference.project8_kv_cache.rivals import NumberTokenizer, transformers_model
 from phase3_core_inference.project8_kv_cache.stores import bytes_per_token
-from phase4_advanced_inference.project10_prompt_caching.prompt_cache import reading_flops
 from phase4_advanced_inference.project11_speculative_decoding.speculation import Speculation
 from phase4_advanced_inference.project12_dynamic_batching.batcher import Batcher
 from phase4_advanced_inference.project13_paged_attention import benchmark_config
+from phase4_advanced_inference.project13_paged_attention.first_tokens import measure_first_tokens
 from phase4_advanced_inference.project13_paged_attention.paged_attention import (
     paged_attention,
     queries_of_a_tile,
@@ -400,42 +400,12 @@ def measure_sharing(report, s, device):
 @torch.no_grad()
 def measure_first_token(report, s, device):
     """The time to the first token of a long prompt whose beginning lies in blocks already, which are shared."""
-    model, n, draw = model_of(s, device, s.LONG_PROMPT + 64), s.LONG_PROMPT, random.Random(s.SEED)
-    vocab_size = model.config.vocab_size
-    memory = (
-        8 * (n + 64) * bytes_per_token(model.specs, next(model.parameters()).dtype)
-    )  # what is asked for once, stays
-    runner = runner_of(s, model, n_rows=2, capacity=n + 64, max_tokens=n, memory=memory)
-    prefix = [draw.randrange(vocab_size) for _ in range(n)]
-    serve(runner, [(prefix, 1)])
-    known = {rate: int(n * rate) for rate in (0.0, *s.HIT_RATES)}
-
-    def first(length):
-        prompt = prefix[:length] + [draw.randrange(vocab_size) for _ in range(n - length)]
-        synchronize(device)
-        began = time.perf_counter()
-        runner.add(prompt, SamplingParams(2, 0.0, stop_ids=()))
-        while not runner.step():
-            pass
-        spent = time.perf_counter() - began
-        while runner.busy:
-            runner.step()
-        return spent
-
-    spent = {rate: [] for rate in known}
-    for _ in range(2 + s.REPEATS):
-        for rate, length in known.items():
-            spent[rate].append(first(length))
-    found, whole = runner.blocks.tree.statistics.found, (2 + s.REPEATS) * sum(known.values())
-    report.check("exactly the known tokens were found", found == whole, f"{found:,}, should be {whole:,}")
-    times = {rate: sorted(values[2:])[s.REPEATS // 2] for rate, values in spent.items()}
-    report.row(f"{s.MODEL}: first token of {n:,}, nothing known", times[0.0] * 1e3, "ms", higher_is_better=False,
-               note=f"{reading_flops(model, 0, n) / times[0.0] / 1e12:.3g} TFLOP/s")  # fmt: skip
-    for rate in s.HIT_RATES:
-        report.row(f"{s.MODEL}: times as soon with {rate:.1%} of {n:,} tokens in shared blocks",
-                   times[0.0] / times[rate], "×", limit_name="operations that remain",
-                   limit=reading_flops(model, 0, n) / reading_flops(model, known[rate], n),
-                   note=f"{times[rate] * 1e3:.1f} ms")  # fmt: skip
+    model, n = model_of(s, device, s.LONG_PROMPT + 64), s.LONG_PROMPT
+    # What is asked for once, stays: room for all of it.
+    memory = 8 * (n + 64) * bytes_per_token(model.specs, next(model.parameters()).dtype)
+    for name, options in {s.MODEL: {}, **({f"{s.MODEL}, compiled": {"compiled": True}} if s.COMPILED else {})}.items():
+        runner = runner_of(s, model, n_rows=2, capacity=n + 64, max_tokens=s.CHUNK, memory=memory, **options)
+        measure_first_tokens(report, runner, n, s.HIT_RATES, s.REPEATS, name)
 
 
 PARTS = {"checks": check, "kernels": measure_kernels, "throughput": measure_throughput, "pressure": measure_pressure,

@@ -20,7 +20,7 @@ MODEL = "1.1B" if _GPU else "small"  # whose shape is measured, its weights rand
 PAGE = 16 if _GPU else 4  # tokens of a block: texts on a CPU are short here
 N_ROWS = 256 if _GPU else 16  # texts at a time
 MAX_TOKENS = 8192 if _GPU else 256  # of a step
-COMPILED = _GPU  # also measure compiled decode steps: less time a step, minutes until the first one
+COMPILED = _GPU  # also measure compiled steps: less time a step, minutes until the first one
 
 # == Trace ==
 N_REQUESTS = 256 if _GPU else 48  # all there at once
@@ -30,9 +30,10 @@ NEW_TOKENS = 256 if _GPU else 48  # of each continuation
 
 # == First token ==
 LONG_PROMPT = 8064 if _GPU else 960  # tokens of a prompt whose beginning is known
+CHUNK = 2048 if _GPU else 960  # tokens of a step, while it is read
 HIT_RATES: list[float] = [0.25, 0.5, 0.75, 0.875]  # parts of it that are
 
-_POSITIVE = ("LONG_PROMPT", "REPEATS", "PAGE", "N_ROWS", "N_REQUESTS", "SHORTEST", "NEW_TOKENS")
+_POSITIVE = ("LONG_PROMPT", "CHUNK", "REPEATS", "PAGE", "N_ROWS", "N_REQUESTS", "SHORTEST", "NEW_TOKENS")
 
 
 def validate_config(settings=None):

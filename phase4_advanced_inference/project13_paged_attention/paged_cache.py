@@ -247,7 +247,8 @@ class PagedCache:
             raise ValueError(f"row {row} cannot be truncated to {length} tokens: it holds {held} (rows go from 0 to "
                              f"{len(self.lengths) - 1})")  # fmt: skip
         keep = -(-length // self.page)
-        self.allocator.release(self.blocks(row)[keep:])
+        if self.n_held[row] > keep:
+            self.allocator.release(self.blocks(row)[keep:])
         self.lengths[row], self.n_held[row] = length, keep
         self._reserved[row] = min(self._reserved[row], length)
 

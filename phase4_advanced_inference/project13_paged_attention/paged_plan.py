@@ -44,6 +44,9 @@ def write_tiles(begins: np.ndarray, block_q: int, rows: np.ndarray, firsts: np.n
     owners[firsts[:n] >= begins[owners + 1]] = -1
 
 
+FULL = 1024  # tokens of a mixed step, from which on it is worth the minute that compiling takes
+
+
 class PagedPlan:
     """Who attends to whom in one step over blocks.
 
@@ -95,14 +98,22 @@ class PagedPlan:
         self.n_tokens = self.n_wanted = 0
 
     @property
-    def short(self) -> bool:
-        """Whether this is a step of decoding or verification, which is worth compiling."""
-        return self.even and self.shape.n_each <= SHORT and self.shape.n_wanted == self.shape.n_tokens
+    def compiles(self) -> bool:
+        """Whether steps of this shape are worth compiling: those of decoding and verification, and full mixed ones."""
+        return self._short or (self._mixed and self.shape.n_tokens >= FULL)
 
     @property
     def returns(self) -> bool:
         """Whether steps of this shape will come often enough to be recorded."""
-        return self.short or (not self.even and self.shape.n_each == 0)
+        return self._short or self._mixed
+
+    @property
+    def _short(self) -> bool:
+        return self.even and self.shape.n_each <= SHORT and self.shape.n_wanted == self.shape.n_tokens
+
+    @property
+    def _mixed(self) -> bool:
+        return not self.even and self.shape.n_each == 0
 
     def fill(self, layout: Layout, slots: np.ndarray, tables: np.ndarray, tokens: Sequence[int] | None) -> None:
         """Write where everything stands, and send it off: slots (N,), and tables (R, M) of the rows in the layout."""

@@ -158,13 +158,13 @@ def test_plans_of_one_shape_return_and_padding_goes_to_the_spare_block():
     for row in range(5):
         cache.plan([(row, row + 1, 0)])
     plan = cache.plan([(row, 1, 1) for row in (4, 1, 2)], [7, 8, 9])
-    assert plan.shape[:4] == (4, 4, 4, 1) and plan.short and plan.returns and cache.keeps(plan)
+    assert plan.shape[:4] == (4, 4, 4, 1) and plan.compiles and plan.returns and cache.keeps(plan)
     assert plan.positions.tolist() == [5, 2, 3, 0] and plan.tokens.tolist() == [7, 8, 9, 0]
     assert plan.slots[3] == cache.allocator.n_blocks * 4 and plan.ends.tolist() == [6, 3, 4, 1]
     assert (plan.tables[3] == cache.allocator.n_blocks).all()
     assert cache.plan([(row, 1, 1) for row in (0, 1, 3)]) is plan
     mixed = cache.plan([(0, 20, 1), (1, 1, 1)])
-    assert mixed.returns and not mixed.short and mixed.shape[:3] == (64, 5, 5)
+    assert mixed.returns and not mixed.compiles and mixed.shape[:3] == (64, 5, 5)
     assert mixed.begins.tolist() == [0, 20, 21, 21, 21, 21]
     assert cache.plan([(2, 3, 0), (3, 2, 1)]) is mixed
 
