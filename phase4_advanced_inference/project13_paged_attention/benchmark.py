@@ -6,7 +6,7 @@
 checks: texts of the engine are those of project 8, in every mode. kernels: attention over blocks, and over one piece.
 throughput: many requests at once, against `transformers`. pressure: a trace of skewed lengths in a quarter of the
 memory that it would use, against rows that are reserved. sharing: questions about one text. first_token: how
-soon it comes when a part of the prompt lies in blocks already.
+soon it comes when a part of the prompt lies in blocks already. load: how long requests wait that come by themselves.
 """
 
 import functools
@@ -26,8 +26,9 @@ from phase3_core_inference.project8_kv_cache.rivals import NumberTokenizer, tran
 from phase3_core_inference.project8_kv_cache.stores import bytes_per_token
 from phase4_advanced_inference.project11_speculative_decoding.speculation import Speculation
 from phase4_advanced_inference.project12_dynamic_batching.batcher import Batcher
+from phase4_advanced_inference.project12_dynamic_batching.traces import Lengths, make_trace
 from phase4_advanced_inference.project13_paged_attention import benchmark_config
-from phase4_advanced_inference.project13_paged_attention.first_tokens import measure_first_tokens
+from phase4_advanced_inference.project13_paged_attention.latency import measure_arrivals, measure_first_tokens
 from phase4_advanced_inference.project13_paged_attention.paged_attention import (
     paged_attention,
     queries_of_a_tile,
@@ -408,8 +409,27 @@ def measure_first_token(report, s, device):
         measure_first_tokens(report, runner, n, s.HIT_RATES, s.REPEATS, name)
 
 
+def measure_load(report, s, device):
+    """Requests of skewed lengths that come by themselves: in chunks, as whole prompts, and over rows in place of blocks."""
+    model, on_gpu = model_of(s, device), device.type == "cuda"
+    capacity, tokenizer = s.LONGEST + s.NEW_TOKENS, NumberTokenizer(model.config.vocab_size)
+    n_rows, tokens = max(8, s.N_ROWS // 4), list(range(4 * s.LONGEST))
+    lengths = Lengths(s.LONGEST / 3, 0.8, 1, s.LONGEST), Lengths(s.NEW_TOKENS / 3, 0.8, 1, s.NEW_TOKENS)
+    sizes = {"n_rows": n_rows, "capacity": capacity, "share": False}
+    engines = {
+        "chunks": runner_of(s, model, **sizes, max_tokens=8 * n_rows),
+        "whole prompts": runner_of(s, model, **sizes, max_tokens=n_rows * capacity),
+        "project 12's rows": Batcher(model, tokenizer, n_rows, capacity, 8 * n_rows, graphs=on_gpu,
+                                     cache="flash" if on_gpu else "contiguous"),
+    }  # fmt: skip
+    measure_arrivals(
+        report, engines, lambda rate: make_trace(s.N_REQUESTS, rate, *lengths, tokens, s.SEED), 0.7, s.MODEL
+    )
+
+
 PARTS = {"checks": check, "kernels": measure_kernels, "throughput": measure_throughput, "pressure": measure_pressure,
-         "sharing": measure_sharing, "first_token": measure_first_token}  # fmt: skip
+         "sharing": measure_sharing, "first_token": measure_first_token,
+         "load": measure_load}  # fmt: skip
 
 
 if __name__ == "__main__":

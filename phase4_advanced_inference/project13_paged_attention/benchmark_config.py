@@ -5,7 +5,7 @@ import sys
 from common import settings as common_settings
 from common.device import pick_device
 
-_PARTS = ("checks", "kernels", "throughput", "pressure", "sharing", "first_token")
+_PARTS = ("checks", "kernels", "throughput", "pressure", "sharing", "first_token", "load")
 
 # == Benchmark ==
 DEVICE = pick_device()  # cuda, mps or cpu

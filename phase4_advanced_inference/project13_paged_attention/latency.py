@@ -1,24 +1,29 @@
 """
-First tokens
+Latency
 
-This file implements the measuring of how soon a text begins whose prompt is known in part, following:
+This file implements the measuring of how long requests wait, following:
 - "SGLang: Efficient Execution of Structured Language Model Programs" (Zheng et al., 2023) - what lies in
   blocks already is not read again
+- "Taming Throughput-Latency Tradeoff in LLM Inference with Sarathi-Serve" (Agrawal et al., 2024) - what
+  prompts in chunks do to first tokens, and to the time between tokens
 
 Only benchmark.py uses it.
 
 Each component is explained with paper references for educational purposes.
 """
 
+import math
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from common.benchmark import Report
 from common.device import synchronize
 from phase3_core_inference.project8_kv_cache.sampling_params import SamplingParams
 from phase4_advanced_inference.project10_prompt_caching.prompt_cache import reading_flops
+from phase4_advanced_inference.project12_dynamic_batching.batcher import Batcher
+from phase4_advanced_inference.project12_dynamic_batching.traces import Arrival, replay
 from phase4_advanced_inference.project13_paged_attention.runner import Runner
 
 
@@ -63,6 +68,37 @@ def measure_first_tokens(report: Report, runner: Runner, n: int, rates: Sequence
         report.row(f"{name}: times as soon with {rate:.1%} of {n:,} tokens in shared blocks", times[0.0] / times[rate],
                    "×", limit=flops / reading_flops(model, known[rate], n), limit_name="operations that remain",
                    note=f"{times[rate] * 1e3:.1f} ms")  # fmt: skip
+
+
+def measure_arrivals(
+    report: Report, engines: dict[str, Batcher], trace: Callable[[float], list[Arrival]], load: float, name: str
+):
+    """Rows for requests that come by themselves, at a part of the rate that the first engine can serve.
+
+    PAPER: "Taming Throughput-Latency Tradeoff in LLM Inference with Sarathi-Serve", arXiv:2403.02310, section 5.
+    PAPER CONTEXT: latencies are compared at a load that the systems can bear, first tokens and the tail between tokens
+        each by itself.
+    INTUITION: a shop is judged on an ordinary afternoon, not at the stampede on the first day of the sales.
+    IMPLEMENTATION: project 12's open loop, the same trace for each engine, which has served it once before.
+    WHY: what an engine gains in throughput may be paid for by whoever waits.
+    """
+    ours, everybody = next(iter(engines)), trace(math.inf)
+    for engine in engines.values():
+        replay(engine, everybody)
+    at_once = {each: replay(engine, everybody).summary() for each, engine in engines.items()}
+    full = len(everybody) * at_once[ours].throughput / at_once[ours].n_tokens
+    found = {each: replay(engine, trace(load * full)).summary() for each, engine in engines.items()}
+    for rival in list(engines)[1:]:
+        report.row(f"{name}: {len(everybody)} requests at once, {ours} against {rival}", at_once[ours].throughput,
+                   "tok/s", peer=at_once[rival].throughput, peer_name=rival)  # fmt: skip
+        for what, value in (
+            ("first token, median", lambda summary: summary.first[0]),
+            ("time between tokens, 99th percentile", lambda summary: summary.gap[1]),
+            ("end to end, a token, median", lambda summary: summary.normalized[0]),
+        ):
+            report.row(f"{name}: {load:.0%} of the full rate, {ours} against {rival}: {what}", value(found[ours]) * 1e3,
+                       "ms", peer=value(found[rival]) * 1e3, peer_name=rival, higher_is_better=False,
+                       note=f"{load * full:.2f} requests/s")  # fmt: skip
 
 
 def _tokens(draw: random.Random, model, n: int) -> list[int]:
