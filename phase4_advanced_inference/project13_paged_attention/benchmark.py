@@ -410,7 +410,7 @@ def measure_first_token(report, s, device):
 
 
 def measure_load(report, s, device):
-    """Requests of skewed lengths that come by themselves: in chunks, as whole prompts, and over rows in place of blocks."""
+    """Requests of skewed lengths that come by themselves: in chunks, as whole prompts, and over rows for blocks."""
     model, on_gpu = model_of(s, device), device.type == "cuda"
     capacity, tokenizer = s.LONGEST + s.NEW_TOKENS, NumberTokenizer(model.config.vocab_size)
     n_rows, tokens = max(8, s.N_ROWS // 4), list(range(4 * s.LONGEST))
