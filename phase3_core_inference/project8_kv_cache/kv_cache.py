@@ -42,6 +42,7 @@ class KVCache(Protocol):
     lengths: list[int]  # tokens of each row: on the host, the only truth
     capacity: int  # the most tokens of a row
     step_limit: int  # the most new ones in one step
+    ragged: bool  # whether attention needs no grid of rows by new tokens, so that one plan does for any mix of work
 
     def plan(self, work: Work, tokens: Sequence[int] | None = None) -> Plan:
         """Make room for `work`, [(row, n_new, n_wanted)]: decode 1,1; verify k+1,k+1; a chunk of a prompt n,0|1.
@@ -93,6 +94,8 @@ class ContiguousCache:
     >>> cache.lengths, torch.allclose(logits[0], model(tokens)[-1], atol=1e-5)
     ([0, 9], True)
     """
+
+    ragged = False
 
     def __init__(
         self,

@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import catalog
 from common.benchmark import Report, measure, run_parts
 from common.device import synchronize
 from common.plots import curves
@@ -33,6 +32,7 @@ from phase1_foundation.project3_pretrain.hub import to_huggingface
 from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
 from phase3_core_inference.project8_kv_cache.decoder import Decoder, FastDecoder
 from phase3_core_inference.project8_kv_cache.generation import SamplingParams, generate
+from phase3_core_inference.project8_kv_cache.kv_cache import ContiguousCache
 from phase3_core_inference.project8_kv_cache.rivals import NumberTokenizer
 from phase4_advanced_inference.project12_dynamic_batching import benchmark_config
 from phase4_advanced_inference.project12_dynamic_batching.batcher import Batcher
@@ -48,7 +48,6 @@ SHAPES = {
     "1.1B": {"vocab_size": 32768, "n_layer": 22, "n_embd": 2048, "n_head": 32, "n_kv_head": 8, "n_ff": 5632},
 }
 SHORT_LENGTHS = (Lengths(48, 0.8, 1, 192), Lengths(32, 0.8, 1, 128))  # of what is checked and drawn
-KEYS = 512  # on a GPU keys are counted in such steps: so few shapes that all can be recorded in advance
 
 
 def main(argv=None):
@@ -78,16 +77,13 @@ class _Bench:
         """A model of this shape."""
         torch.manual_seed(self.s.SEED)
         with self.device:
-            shape = SHAPES[name] | {"block_size": -(-self.longest // KEYS) * KEYS} | fields
+            shape = SHAPES[name] | {"block_size": -(-self.longest // 64) * 64} | fields
             return Transformer(PRESETS["llama-7b"](**shape)).to(dtype).eval().requires_grad_(False)
 
     def batcher(self, policy, model=None, n_rows=None, max_tokens=None, cache=None):
         """A new batcher of this policy; on a GPU its decode steps are recorded already."""
         s, model, n_rows = self.s, model or self.model, n_rows or self.s.N_ROWS
-        build = catalog.resolve("caches", cache or s.CACHE)
-        if self.on_gpu:
-            build = functools.partial(_in_steps, build)
-        batcher = Batcher(model, NumberTokenizer(model.config.vocab_size), n_rows, self.longest, cache=build,
+        batcher = Batcher(model, NumberTokenizer(model.config.vocab_size), n_rows, self.longest, cache=cache or s.CACHE,
                           max_tokens=(max_tokens or s.MAX_TOKENS) if policy == CHUNKS else n_rows * self.longest,
                           slots=GangSlots if policy == STATIC else Slots, graphs=self.on_gpu)  # fmt: skip
         record(batcher)
@@ -117,25 +113,13 @@ class _Bench:
         return len(trace) / timed(self.device, batcher, trace)
 
 
-def _in_steps(build, specs, n_rows, capacity, **options):
-    """A cache whose reads are rounded up to KEYS: kernels that know the ends of rows read no more for it."""
-    return build(specs, n_rows, capacity, **options | {"round_keys": lambda n: -(-n // KEYS) * KEYS})
-
-
 @torch.no_grad()
 def record(batcher):
-    """Record the decode steps of a batcher in advance, as a server would when it starts: rows by keys by places."""
-    cache, n_rows = batcher.cache, batcher.n_rows
-    if not isinstance(batcher.decoder, FastDecoder):
-        return
-    sizes = sorted({1 << i for i in range(n_rows.bit_length())} | {n_rows})
-    for length in range(0, batcher.room - 1, KEYS):
-        for n in (n for n in sizes if n <= n_rows):
-            for rows in (range(n), range(1, n), range(n_rows - n, n_rows)):  # in order, with a gap, far behind
-                if rows:
-                    cache.lengths[:] = [length] * n_rows  # what was not written is zeros: they cost the same
-                    batcher.decoder.step([(row, 1, 1) for row in rows], [0] * len(rows))
-    cache.lengths[:] = [0] * n_rows
+    """Record the decode steps of a batcher in advance, for all numbers of rows, as a server would when it starts."""
+    for n in range(1, batcher.n_rows + 1) if isinstance(batcher.decoder, FastDecoder) else ():
+        batcher.decoder.step([(row, 1, 1) for row in range(n)], [0] * n)
+        for row in range(n):
+            batcher.cache.free(row)
 
 
 def timed(device, batcher, trace):
@@ -210,9 +194,9 @@ def measure_timeline(report, s, bench):
 
 @torch.no_grad()
 def measure_selective(report, s, bench):
-    """Mixed steps with one grid for all, and with one for each size of work; nothing is recorded."""
+    """Mixed steps with one grid for all, and with one for each size of work; rows in one piece, nothing recorded."""
     model, past = bench.model, s.LONGEST_PROMPT // 4
-    cache = catalog.resolve("caches", s.CACHE)(model.specs, s.N_ROWS, bench.longest, bench.dtype, bench.device)
+    cache = ContiguousCache(model.specs, s.N_ROWS, bench.longest, bench.dtype, bench.device)
     decoder, lengths = Decoder(model, cache), Lengths(s.PROMPT_TOKENS, s.SPREAD, 1, s.LONGEST_PROMPT)
     chunk, prompts = s.MAX_TOKENS - s.N_ROWS + 1, lengths.draw(8, np.random.default_rng(s.SEED))
     kinds = {

@@ -14,7 +14,7 @@ _GPU = DEVICE == "cuda"
 SEED = 0  # of weights and traces
 PARTS: list[str] = [*_PARTS]  # what to measure; of the rest, what stands in results/ is kept
 MODEL = "1.1B" if _GPU else "small"  # whose shape is measured, its weights random
-CACHE = "flash" if _GPU else "contiguous"  # a name in the catalog's group caches
+CACHE = "paged" if _GPU else "contiguous"  # a name in the catalog's group caches
 REPEATS = 3  # timed rounds where all requests come at once, all rivals in turn
 
 # == Batch ==

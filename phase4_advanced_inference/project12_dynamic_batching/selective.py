@@ -63,13 +63,13 @@ def selective_step(decoder: Decoder, work: Work, tokens: Sequence[int]) -> Tenso
     PAPER: "Orca: A Distributed Serving System for Transformer-Based Generative Models" (Yu et al., 2022), section 3.2.
     PAPER CONTEXT: see `SelectivePlan`.
     INTUITION: sort the mail by size before it goes into pigeonholes.
-    IMPLEMENTATION: work of one class is left to the decoder, which may replay a recorded graph. Else one plan a class:
-        two classes never have the same shape, so no plan is filled twice.
+    IMPLEMENTATION: work of one class, and any work of a cache that needs no grid (project 13's), is left to the
+        decoder, which may replay a recorded graph. Else one plan a class: two classes never have the same shape.
     WHY: decode steps, the bulk, stay as fast as they were; mixed ones cost what their tokens cost.
     """
     classes = [size_class(n_new) for _, n_new, _ in work]
     kinds = sorted(set(classes))
-    if len(kinds) == 1:
+    if len(kinds) == 1 or decoder.cache.ragged:
         return decoder.step(work, tokens)
     ends = np.cumsum([n_new for _, n_new, _ in work])
     parts, wanted, offset = [], {}, 0

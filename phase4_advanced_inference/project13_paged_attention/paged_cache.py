@@ -90,6 +90,8 @@ class PagedCache:
     Raises ValueError for what cannot be, OutOfBlocks where memory ends (nothing is changed then).
     """
 
+    ragged = True
+
     def __init__(
         self,
         specs: Sequence[LayerSpec],

@@ -98,10 +98,6 @@ class Runner(Batcher):
         landing, self._flight = self._flight, self._launch(step) if step else None
         return self._land(landing) if landing else []
 
-    def forward(self, step: Step) -> Tensor:
-        """The model's part of a step: logits (n_wanted, V). Blocks need no grid, so one plan does for any mix."""
-        return self.decoder.step(step.work, step.tokens)
-
     # -- one step ahead
 
     def _launch(self, step: Step) -> Flight:
