@@ -43,6 +43,8 @@ class Decoder:
         step overwrites.
         """
         if isinstance(tokens, Tensor):
+            if tokens.shape != (sum(n for _, n, _ in work),):
+                raise ValueError(f"tokens of shape {tuple(tokens.shape)} were given for this work: {work}")
             plan = self.cache.plan(work)
             plan.tokens[: plan.n_tokens].copy_(tokens)
         else:

@@ -11,6 +11,7 @@ from phase1_foundation.project3_pretrain.layers import Attention
 from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
 from phase3_core_inference.project8_kv_cache.attention import KERNELS, by_length, by_sdpa
 from phase3_core_inference.project8_kv_cache.cache_plan import AlignedPlan, CachePlan, PromptPlan, SpreadPlan
+from phase3_core_inference.project8_kv_cache.decoder import Decoder, FastDecoder
 from phase3_core_inference.project8_kv_cache.kv_cache import ContiguousCache, bytes_per_token
 from phase3_core_inference.project8_kv_cache.reference import GrowingCache
 from phase3_core_inference.project8_kv_cache.sliding_cache import SlidingCache
@@ -228,6 +229,22 @@ def test_a_shape_that_returns_gets_the_same_plan():
     assert first.tokens.shape == (4,) and first.n_wanted == 3  # three rows are a batch of four
     assert cache.plan([(2, 1, 1), (0, 1, 1), (3, 1, 1)]) is first and cache.keeps(first)
     assert cache.plan([(0, 5, 0)]).tokens.shape == (5,) and cache.plan([(0, 17, 0)]).tokens.shape == (32,)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_tokens_may_come_from_the_device(padded):
+    """What a step drew goes into the next one without the host: the same logits."""
+    model = MODELS["grouped"]
+    kind = FastDecoder if padded else Decoder
+    decoders = [kind(model, CACHES["contiguous"](model.specs, padded=padded)) for _ in range(2)]
+    work = [(0, 3, 1), (2, 3, 3)]
+    for decoder in decoders:
+        decoder.step([(0, 4, 1)], [5, 6, 7, 8])
+    known = decoders[0].step(work, [1, 2, 3, 4, 5, 6])
+    assert torch.equal(decoders[1].step(work, torch.tensor([1, 2, 3, 4, 5, 6])), known)
+    with pytest.raises(ValueError, match=r"tokens of shape \(1,\) were given"):
+        decoders[1].step([(0, 2, 1)], torch.tensor([1]))
+    assert decoders[1].cache.lengths == decoders[0].cache.lengths
 
 
 def test_prompts_push_out_no_plan_that_something_may_be_recorded_for():

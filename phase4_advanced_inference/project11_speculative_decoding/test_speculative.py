@@ -8,6 +8,8 @@ import torch
 from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
 from phase2_finetuning.project4_sft.vocabulary import byte_tokenizer
 from phase3_core_inference.project8_kv_cache.generation import SamplingParams, Writer, generate
+from phase3_core_inference.project8_kv_cache.rivals import NumberTokenizer
+from phase3_core_inference.project8_kv_cache.sampling import Sampler
 from phase3_core_inference.project8_kv_cache.sliding_cache import SlidingCache
 from phase4_advanced_inference.project10_prompt_caching.prompt_cache import PromptCache
 from phase4_advanced_inference.project11_speculative_decoding.drafts import ModelDraft, NGramDraft, Proposal
@@ -81,6 +83,27 @@ def test_coupled_text_is_that_of_plain_decoding(model, name):
     for draft in drafts_for(model):
         texts = speculative_generate(model, TOKENIZER, PROMPTS, params, draft, rule="coupled")
         assert tokens_of(texts) == expected
+
+
+def test_a_draft_whose_candidates_are_not_enough_leaves_the_text_as_it_is(monkeypatch):
+    """The target is sure of itself, the draft's odds are flat: a cut keeps more of them than are looked at first."""
+    shape = PRESETS["llama-7b"](**SHAPE | {"vocab_size": 4096}, n_kv_head=2, n_ff=48)
+    target, flat = model_of(shape), Transformer(shape).eval()
+    for parameter in target.parameters():
+        parameter.mul_(4)
+    params = SamplingParams(24, temperature=1.0, top_p=0.9, seed=3, stop_ids=())
+    prompts, tokenizer, launched = [[1, 2, 3], [7]], NumberTokenizer(4096), []
+    launch = Sampler.launch
+    expected = tokens_of(generate(target, tokenizer, prompts, params))
+
+    def watched(*arguments):
+        launched.append(launch(*arguments))
+        return launched[-1]
+
+    monkeypatch.setattr(Sampler, "launch", watched)
+    texts = speculative_generate(target, tokenizer, prompts, params, ModelDraft(flat), rule="coupled")
+    assert tokens_of(texts) == expected
+    assert sum(int((tokens < 0).sum()) for tokens in launched) > 20
 
 
 def test_a_batch_in_which_each_wants_something_else(model):
