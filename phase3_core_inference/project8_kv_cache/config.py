@@ -27,6 +27,8 @@ TOP_K: int | None = 50  # keep only the k likeliest tokens; none: all
 TOP_P: float | None = None  # keep only the likeliest tokens that together reach this; none: all
 MIN_P: float | None = None  # keep only tokens at least this likely relative to the likeliest; none: all
 REPETITION_PENALTY = 1.0  # above 1: tokens that occurred become less likely
+PRESENCE_PENALTY = 0.0  # above 0: tokens that were written become less likely
+FREQUENCY_PENALTY = 0.0  # the same, once for each time that they were
 STOP: list[str] = []  # texts that end a continuation
 
 # == Generation ==
@@ -45,6 +47,8 @@ _RULES = {
     "TOP_P": (lambda value: 0 < value <= 1, "lie above 0 and not above 1"),
     "MIN_P": (lambda value: 0 <= value <= 1, "lie between 0 and 1"),
     "REPETITION_PENALTY": (lambda value: 0 < value < math.inf, "be positive"),
+    "PRESENCE_PENALTY": (lambda value: -2 <= value <= 2, "lie between -2 and 2"),
+    "FREQUENCY_PENALTY": (lambda value: -2 <= value <= 2, "lie between -2 and 2"),
 }
 
 

@@ -20,15 +20,6 @@ from phase3_core_inference.project8_kv_cache.noise import gumbel
 CANDIDATES = 1024  # tokens of a row that are looked at first, where tails are cut
 
 
-def penalize(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
-    """Make tokens that occurred less likely: logits (R, V), seen (R, V) bool, penalty (R, 1).
-
-    >>> penalize(torch.tensor([[3.0, -3.0, 3.0]]), torch.tensor([[True, True, False]]), torch.tensor([[1.5]])).tolist()
-    [[2.0, -4.5, 3.0]]
-    """
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
 def cut_tail(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, share: Tensor | None = None) -> Tensor:
     """Set to -inf what may not be drawn: logits (R, n), each limit (R, 1).
 

@@ -33,6 +33,8 @@ def main(argv=None):
             top_p=s.TOP_P,
             min_p=s.MIN_P,
             repetition_penalty=s.REPETITION_PENALTY,
+            presence_penalty=s.PRESENCE_PENALTY,
+            frequency_penalty=s.FREQUENCY_PENALTY,
             stop=tuple(text.replace("\\n", "\n") for text in s.STOP),
             seed=s.SEED,
         )

@@ -85,6 +85,8 @@ class Writer(Machine):
     def stream(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> Iterator[Piece]:
         """Continue prompts, and yield what every token adds as soon as it is known, all prompts in turn."""
         encoded, n_rows = [self.encode(prompt) for prompt in prompts], len(self.cache.lengths)
+        for each in params:
+            each.check(self.vocab_size())
         requests = [TextRequest(i, p, q, self.tokenizer, self.room) for i, (p, q) in enumerate(zip(encoded, params))]
         return self._run([requests[i : i + n_rows] for i in range(0, len(requests), n_rows)])
 

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from phase3_core_inference.project8_kv_cache.adjusting import Adjustments
 from phase3_core_inference.project8_kv_cache.buffers import on_device
-from phase3_core_inference.project8_kv_cache.drawing import CANDIDATES, draw_among, penalize
+from phase3_core_inference.project8_kv_cache.drawing import CANDIDATES, draw_among
 from phase3_core_inference.project8_kv_cache.noise import keys_at, stem
 from phase3_core_inference.project8_kv_cache.sampling_params import SamplingParams
 
@@ -64,10 +65,10 @@ class Sampler:
         self.vocab_size, self.device, self.among = vocab_size, torch.device(device), among
         self.params = [_NOBODY] * n_rows
         self.seeds = [0] * n_rows
-        self.seen: Tensor | None = None  # (R, V), once somebody's repetitions are penalized
+        self.adjustments = Adjustments(n_rows, vocab_size, device)
         self._whole: set[int] = set()  # rows that draw from all tokens
         self._stems = np.zeros(n_rows, dtype=np.uint64)
-        self._numbers = np.array([[*limits_of(_NOBODY, vocab_size), 1.0]] * n_rows, dtype=np.float32)  # on the host
+        self._numbers = np.array([limits_of(_NOBODY, vocab_size)] * n_rows, dtype=np.float32)  # on the host
         self._on_device: Tensor | None = None  # the same; None: out of date
 
     @classmethod
@@ -78,29 +79,19 @@ class Sampler:
             sampler.put(row, *request)
         return sampler
 
-    def put(self, row: int, params: SamplingParams, seed: int, tokens: Sequence[int]) -> None:
-        """Give a row to a request, whose text so far is `tokens`."""
+    def put(
+        self, row: int, params: SamplingParams, seed: int, prompt: Sequence[int], written: Sequence[int] = ()
+    ) -> None:
+        """Give a row to a request, whose text so far is its prompt and what was written behind it."""
         self.params[row], self.seeds[row], self._stems[row] = params, seed, stem(seed)
-        self._numbers[row] = *limits_of(params, self.vocab_size), params.repetition_penalty
+        self._numbers[row] = limits_of(params, self.vocab_size)
         self._on_device = None
         self._whole.discard(row)
-        if params.repetition_penalty != 1.0 and self.seen is None:
-            self.seen = torch.zeros(len(self.params), self.vocab_size, dtype=torch.bool, device=self.device)
-        if params.repetition_penalty != 1.0:
-            self.seen[row] = False
-            self.seen[row, torch.tensor(tokens, device=self.device)] = True
+        self.adjustments.put(row, params, prompt, written)
 
     @property
     def limits(self) -> Tensor:
         """What `draw_among` must know of each row: (R, 5)."""
-        return self._sent()[:, :5]
-
-    @property
-    def penalty(self) -> Tensor:
-        """The repetition penalty of each row: (R, 1)."""
-        return self._sent()[:, 5:]
-
-    def _sent(self) -> Tensor:
         if self._on_device is None:
             numbers = torch.from_numpy(self._numbers.copy())
             numbers = numbers.pin_memory() if self.device.type == "cuda" else numbers
@@ -118,12 +109,9 @@ class Sampler:
         """Logits (R, V) in float32 without the padding of the vocabulary, which is no token."""
         return logits[:, : self.vocab_size].float()
 
-    def penalized(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
-        """Logits (R, V) after the repetition penalty of these rows."""
-        if self.seen is None:
-            return logits
-        index = self.index(rows)
-        return penalize(logits, self.seen[index], self.penalty[index])
+    def penalized(self, logits: Tensor, rows: Sequence[int], drafted: Tensor | None = None) -> Tensor:
+        """Logits (R, V) after penalties and biases of these rows; drafted: see `Adjustments.apply`."""
+        return logits if self.adjustments.idle else self.adjustments.apply(logits, self.index(rows), drafted)
 
     def choose(self, logits: Tensor, rows: Sequence[int], positions: Sequence[int]) -> list[int]:
         """The tokens drawn from logits after the penalty; a row may stand there several times."""
@@ -158,12 +146,10 @@ class Sampler:
         return tokens
 
     def remember(self, rows: Sequence[int], tokens: Sequence[int] | Tensor) -> None:
-        """Let the penalty see tokens that became part of these texts; -1 is none."""
-        if self.seen is None:
-            return
-        tokens = tokens if isinstance(tokens, Tensor) else on_device(tokens, self.device)
-        known, place = tokens >= 0, (on_device(rows, self.device), tokens.clamp(min=0))
-        self.seen.index_put_(place, self.seen[place] | known)
+        """Let the penalties see tokens that became part of these texts; -1 is none."""
+        if not self.adjustments.idle:
+            tokens = tokens if isinstance(tokens, Tensor) else on_device(tokens, self.device)
+            self.adjustments.remember(on_device(rows, self.device), tokens)
 
     def index(self, rows: Sequence[int]) -> slice | Tensor:
         """What picks the columns of these rows."""

@@ -151,6 +151,16 @@ def test_logprobs_are_those_of_the_parallel_forward(model):
     assert [[token for token, _ in own.top] for own in text.logprobs] == exact.topk(3).indices.tolist()
 
 
+def test_biases_ban_and_force_tokens(model):
+    params = SamplingParams(8, 0.0, logit_bias={97: 100.0}, stop_ids=())
+    assert generate(model, TOKENIZER, "Hello", params).text == "a" * 8
+    free = generate(model, TOKENIZER, "Hello", SamplingParams(8, 0.0, stop_ids=()))
+    banned = dict.fromkeys(free.tokens, -100.0)
+    assert not set(banned) & set(generate(model, TOKENIZER, "Hello", SamplingParams(8, 0.0, logit_bias=banned)).tokens)
+    with pytest.raises(ValueError, match="logit_bias names token 257: ids go from 0 to 256"):
+        generate(model, TOKENIZER, "a", SamplingParams(logit_bias={257: 1.0}))
+
+
 def test_the_context_is_filled_and_not_exceeded(model):
     prompt = TOKENIZER.encode("x" * 90)
     text = generate(model, TOKENIZER, prompt, SamplingParams(50, 0.0, stop_ids=()))

@@ -5,7 +5,8 @@ import torch
 import transformers
 
 from phase1_foundation.project1_minimal_gpt.sampling import next_token_probabilities
-from phase3_core_inference.project8_kv_cache.drawing import RecordedDraws, cut_tail, draw_among, penalize
+from phase3_core_inference.project8_kv_cache.adjusting import penalize
+from phase3_core_inference.project8_kv_cache.drawing import RecordedDraws, cut_tail, draw_among
 from phase3_core_inference.project8_kv_cache.noise import gumbel, noise_keys, scramble, uniform
 from phase3_core_inference.project8_kv_cache.rivals import NumberTokenizer
 from phase3_core_inference.project8_kv_cache.sampling import Sampler
@@ -104,7 +105,7 @@ MIX = [
     SamplingParams(temperature=0.7, seed=1),
     SamplingParams(temperature=1.5, top_k=5, seed=2),
     SamplingParams(temperature=1.0, top_p=0.5, repetition_penalty=1.4, seed=3, logprobs=2),
-    SamplingParams(temperature=1.0, min_p=0.2, seed=4),
+    SamplingParams(temperature=1.0, min_p=0.2, frequency_penalty=0.7, logit_bias={3: 4.0, 9: -100}, seed=4),
 ]
 PROMPTS = [[1, 2], [3], [4, 4], [5, 6, 7], [8]]
 
@@ -226,6 +227,58 @@ def test_what_was_drawn_is_penalized_from_then_on():
     assert prompted.draw(logits, [0], [0]).tokens == [8]
 
 
+def test_penalties_and_biases_are_those_of_the_formula():
+    """Greedy texts against the formula, counted in Python: the prompt counts for repetition alone."""
+    params = [
+        SamplingParams(temperature=0.0, presence_penalty=0.6),
+        SamplingParams(temperature=0.0, frequency_penalty=0.4),
+        SamplingParams(temperature=0.0, repetition_penalty=1.3, presence_penalty=-0.2, frequency_penalty=0.3),
+        SamplingParams(temperature=0.0, frequency_penalty=0.2, logit_bias={4: 1.5, 11: -100.0}),
+        SamplingParams(temperature=0.0),
+    ]
+    sampler = Sampler.of(params, range(5), PROMPTS, V, "cpu")
+    logits, texts = draw_logits(5), [[] for _ in params]
+    for step in range(40):
+        expected = []
+        for row, (own, prompt, text) in enumerate(zip(params, PROMPTS, texts)):
+            moved = logits[row].tolist()
+            for token in range(V):
+                if token in prompt or token in text:
+                    factor = own.repetition_penalty
+                    moved[token] = moved[token] / factor if moved[token] > 0 else moved[token] * factor
+                times = text.count(token)
+                moved[token] -= own.presence_penalty * (times > 0) + own.frequency_penalty * times
+                moved[token] += (own.logit_bias or {}).get(token, 0.0)
+            expected.append(max(range(V), key=moved.__getitem__))
+        drawn = sampler.draw(logits, range(5), [step] * 5).tokens
+        assert drawn == expected
+        for text, token in zip(texts, drawn):
+            text.append(token)
+    assert len(set(texts[1])) > 5 and len(set(texts[4])) == 1 and 11 not in texts[3]
+
+
+def test_a_row_that_another_request_gets_forgets_what_was_counted():
+    sampler = Sampler(2, V, "cpu")
+    sampler.put(0, SamplingParams(temperature=0.0, frequency_penalty=2.0, logit_bias={3: 50.0}), 1, [1])
+    logits = draw_logits(2)
+    for step in range(3):
+        sampler.draw(logits[:1], [0], [step])
+    sampler.put(0, SamplingParams(temperature=0.0), 1, [1])
+    assert sampler.draw(logits, [0, 1], [0, 0]).tokens == logits.argmax(-1).tolist()
+    sampler.put(0, SamplingParams(temperature=0.0, frequency_penalty=2.0), 1, [], [5, 5, 6])  # a text that comes back
+    adjusted = sampler.penalized(logits[:1], [0])
+    assert (logits[:1] - adjusted)[0, [5, 6, 7]].tolist() == pytest.approx([4.0, 2.0, 0.0], abs=1e-5)
+
+
+def test_what_a_draft_puts_behind_a_text_counts_as_written():
+    sampler = Sampler(1, V, "cpu")
+    sampler.put(0, SamplingParams(presence_penalty=0.5, frequency_penalty=1.0), 1, [1], [5])
+    logits, none = draw_logits(1).expand(3, V), V
+    moved = logits - sampler.penalized(logits, [0] * 3, torch.tensor([[none, none], [5, none], [6, 6]]))
+    assert moved[:, 5].tolist() == pytest.approx([1.5, 2.5, 1.5], abs=1e-5)
+    assert moved[:, 6].tolist() == pytest.approx([0.0, 0.0, 2.5], abs=1e-5)
+
+
 def test_logprobs_are_those_of_the_model():
     logits = draw_logits(5)
     exact = logits.log_softmax(-1)
@@ -249,6 +302,9 @@ def test_a_tiny_temperature_is_greedy_and_does_not_overflow():
     [
         ({"temperature": -1.0}, "temperature=-1.0"), ({"top_k": 0}, "top_k=0"), ({"top_p": 0.0}, "top_p=0.0"),
         ({"min_p": 1.5}, "min_p=1.5"), ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
+        ({"presence_penalty": 2.1}, "presence_penalty=2.1 must lie between -2 and 2"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty=nan"), ({"logit_bias": {-1: 2.0}}, "{-1: 2.0}"),
+        ({"logit_bias": {3: 101}}, "{3: 101}"), ({"logit_bias": {"3": 1}}, "{'3': 1}"),
         ({"stop": ("a", "")}, "empty text"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"), ({"logprobs": -1}, "logprobs=-1"),
     ],
@@ -268,8 +324,7 @@ def test_a_row_can_be_given_to_another_request():
     fresh = Sampler.of([MIX[0], MIX[3], MIX[2], MIX[1], MIX[4]], [0, 71, 2, 73, 4],
                        [PROMPTS[i] for i in (0, 3, 2, 1, 4)], V, "cpu")  # fmt: skip
     for row in (0, 2, 4):  # what these drew counts for their penalties
-        if fresh.seen is not None:
-            fresh.seen[row] |= sampler.seen[row]
+        fresh.adjustments.written[row] = sampler.adjustments.written[row]
     assert sampler.draw(logits, range(5), [9] * 5).tokens == fresh.draw(logits, range(5), [9] * 5).tokens
 
 

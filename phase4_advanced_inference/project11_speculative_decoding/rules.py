@@ -19,7 +19,6 @@ from torch import Tensor
 
 from common.graphs import capture
 from phase3_core_inference.project8_kv_cache.buffers import on_device
-from phase3_core_inference.project8_kv_cache.drawing import penalize
 from phase3_core_inference.project8_kv_cache.sampling import Sampler
 from phase3_core_inference.project8_kv_cache.work import power_of_two
 from phase4_advanced_inference.project11_speculative_decoding.acceptance import (
@@ -108,16 +107,11 @@ class CoupledRule:
         return verdicts
 
     def penalized(self, logits: Tensor, rows: Sequence[int], drafted: Tensor) -> Tensor:
-        """Logits (R, V) of these requests after their repetition penalty, which counts drafted tokens (R, j), too.
+        """Logits (R, V) of these requests after their penalties, which count drafted tokens (R, j), too.
 
         A token that is none, V, counts nowhere.
         """
-        sampler, logits = self.sampler, self.sampler.known(logits)
-        if sampler.seen is None:
-            return logits
-        index = on_device(rows, logits.device)
-        seen = F.pad(sampler.seen[index], (0, 1)).scatter(-1, drafted, True)[:, :-1]
-        return penalize(logits, seen, sampler.penalty[index])
+        return self.sampler.penalized(self.sampler.known(logits), rows, drafted)
 
     def _places(self, rows: Sequence[int], counts: Sequence[int]) -> tuple[list[int], list[int]]:
         """The row of each place that is judged, and how many drafted tokens stand before it."""
@@ -126,7 +120,7 @@ class CoupledRule:
 
     def _before(self, proposal: Proposal, depths: Sequence[int]) -> Tensor:
         """The drafted tokens before each place (places, K); V where there are none. Without a penalty nobody asks."""
-        if self.sampler.seen is None:
+        if self.sampler.adjustments.idle:
             return proposal.drafted
         device, V = self.sampler.device, self.sampler.vocab_size
         owner = on_device([i for i, n in enumerate(proposal.counts) for _ in range(n + 1)], device)

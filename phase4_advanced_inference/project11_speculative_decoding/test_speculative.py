@@ -30,6 +30,9 @@ SETTINGS = {
     "plain": SamplingParams(24, seed=1, stop_ids=()),
     "temperature, top-k": SamplingParams(24, temperature=0.7, top_k=20, seed=2, stop_ids=()),
     "top-p, penalty": SamplingParams(24, top_p=0.8, repetition_penalty=1.3, seed=3, stop_ids=()),
+    "counts, bias": SamplingParams(
+        24, presence_penalty=0.5, frequency_penalty=1.0, logit_bias={97: 2.0, 98: -100}, seed=5, stop_ids=()
+    ),
     "min-p": SamplingParams(24, temperature=1.5, min_p=0.1, seed=4, stop_ids=()),
 }
 

@@ -77,7 +77,8 @@ class Batcher(Machine):
         return request
 
     def make_request(self, tokens: list[int], params: SamplingParams, priority: int = 0, user: str = "") -> Request:
-        """A request with the next number."""
+        """A request with the next number; raises ValueError for parameters that this vocabulary does not allow."""
+        params.check(self.vocab_size())
         return Request(next(self._numbers), tokens, params, self.tokenizer, self.room, priority, user)
 
     def abort(self, request: Request) -> None:
@@ -119,7 +120,7 @@ class Batcher(Machine):
         """Tell the sampler who sits where."""
         for request in step.admitted:
             if request.row is not None:  # not preempted again in the same step
-                self.sampler.put(request.row, request.params, request.seed, request.tokens)
+                self.sampler.put(request.row, request.params, request.seed, *request.parts)
                 if request.whole:
                     self.sampler.draw_from_all([request.row])
 

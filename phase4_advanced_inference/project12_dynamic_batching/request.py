@@ -45,6 +45,11 @@ class Request(TextRequest):
         self.kept = None  # what a capacity remembers of it while it is preempted
 
     @property
+    def parts(self) -> tuple[list[int], list[int]]:
+        """The prompt, and what was written behind it."""
+        return self.tokens[: self.n_prompt], self.tokens[self.n_prompt :]
+
+    @property
     def unread(self) -> int:
         """Tokens of the text, known to the host or not, that the model has not read."""
         return len(self.tokens) + self.pending - self.fed

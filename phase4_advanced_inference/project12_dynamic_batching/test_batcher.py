@@ -34,10 +34,10 @@ PROMPTS = [
 ]
 PARAMS = [
     SamplingParams(24, temperature=0.0, stop_ids=()),
-    SamplingParams(9, seed=1, stop_ids=()),
+    SamplingParams(9, seed=1, frequency_penalty=0.8, logit_bias={70: 3.0}, stop_ids=()),
     SamplingParams(24, temperature=0.7, top_k=20, seed=2, repetition_penalty=1.4, stop_ids=()),
     SamplingParams(30, top_p=0.8, seed=3, logprobs=2, stop_ids=()),
-    SamplingParams(24, temperature=0.0, repetition_penalty=1.3, stop_ids=()),
+    SamplingParams(24, temperature=0.0, repetition_penalty=1.3, presence_penalty=0.4, stop_ids=()),
     SamplingParams(17, temperature=1.5, min_p=0.05, seed=4, logprobs=0, stop_ids=()),
 ]
 
@@ -356,6 +356,8 @@ def test_batchers_that_cannot_be(model):
         Batcher(model, TOKENIZER, 4, max_tokens=3)
     with pytest.raises(ValueError, match="without a tokenizer"):
         Batcher(model, None)
+    with pytest.raises(ValueError, match="logit_bias names token 257: ids go from 0 to 256"):
+        Batcher(model, TOKENIZER).add("a", SamplingParams(logit_bias={257: 1.0}))
     with pytest.raises(ValueError, match="2 prompts and 1 sampling parameters"):
         Batcher(model, TOKENIZER).generate(["a", "b"], [SamplingParams()])
 

@@ -166,7 +166,7 @@ class Runner(Batcher):
         if request.row is not None:
             self.cache.truncate(request.row, request.fed)
             # Anew, as the penalty must forget what was drawn behind the missing token.
-            self.sampler.put(request.row, request.params, request.seed, request.tokens)
+            self.sampler.put(request.row, request.params, request.seed, *request.parts)
             self.sampler.draw_from_all([request.row])
 
     # -- several tokens a step
@@ -225,7 +225,7 @@ class Runner(Batcher):
         at_rest = request.row is not None and not request.reading and not request.pending and not request.finish_reason
         if at_rest and self.blocks.fork(request, other):
             self.scheduler.running.append(other)
-            self.sampler.put(other.row, other.params, other.seed, other.tokens)
+            self.sampler.put(other.row, other.params, other.seed, *other.parts)
             if self.speculation is not None:
                 self.speculation.draft.free(other.row)
         else:

@@ -46,7 +46,13 @@ def requests():
 PROMPTS, NEWS = requests()
 KINDS = {
     "greedy": {"temperature": 0.0},
-    "sampled": {"temperature": 0.9, "top_k": 20, "repetition_penalty": 1.1},
+    "sampled": {
+        "temperature": 0.9,
+        "top_k": 20,
+        "repetition_penalty": 1.1,
+        "frequency_penalty": 0.4,
+        "logit_bias": {3: 1.5, 5: -100},
+    },
 }
 PARAMS = {
     kind: [SamplingParams(n, stop_ids=(), seed=50 + i, **options) for i, n in enumerate(NEWS)]

@@ -149,7 +149,8 @@ def check_queue(runner):
 KINDS = {
     "greedy": {"temperature": 0.0},
     "plain": {},
-    "penalty": {"temperature": 0.0, "repetition_penalty": 1.7},
+    "penalty": {"temperature": 0.0, "repetition_penalty": 1.7, "frequency_penalty": 1.0},
+    "moved": {"presence_penalty": 1.0, "logit_bias": {5: 2.0, 6: -100}},
     "cut": {"temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.5, "logprobs": 2},
 }
 MODES = ("plain", "ahead", "coupled", "rejection", "padded", "padded, ahead")

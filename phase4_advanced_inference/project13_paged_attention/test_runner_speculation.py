@@ -198,7 +198,10 @@ def test_a_text_that_fills_its_room_cannot_be_forked():
 
 def test_what_was_drawn_behind_a_missing_token_is_not_penalized(monkeypatch):
     """Ahead of the host, a token is drawn behind one that turns out to be missing; the text never had it."""
-    params = [SamplingParams(9, 0.4, top_p=0.9, repetition_penalty=1.8, stop_ids=(), seed=i) for i in range(40)]
+    params = [
+        SamplingParams(9, 0.4, top_p=0.9, repetition_penalty=1.8, frequency_penalty=0.5, stop_ids=(), seed=i)
+        for i in range(40)
+    ]
     prompts = [[i % V, 2 * i % 7] for i in range(40)]
     expected = tokens_of(generate(MODEL, TOKENIZER, prompts, params))
     monkeypatch.setattr(sampling, "CANDIDATES", 30)
