@@ -125,7 +125,9 @@ class Writer(Machine):
         """What draws for these requests."""
         params, prompts = [request.params for request in requests], [request.tokens for request in requests]
         seeds = [random.getrandbits(62) if p.seed is None else p.seed for p in params]
-        return Sampler.of(params, seeds, prompts, self.vocab_size(), self.device, self.among)
+        sampler = Sampler.of(params, seeds, prompts, self.vocab_size(), self.device, self.among)
+        sampler.constraints = [request.constraint for request in requests]
+        return sampler
 
     def draw_all(self, logits, work: Work, requests: list[TextRequest], sampler: Sampler, held) -> Iterator[Piece]:
         """A token for every row whose logits were wanted."""

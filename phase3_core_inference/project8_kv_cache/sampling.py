@@ -17,6 +17,7 @@ from torch import Tensor
 
 from phase3_core_inference.project8_kv_cache.adjusting import Adjustments
 from phase3_core_inference.project8_kv_cache.buffers import on_device
+from phase3_core_inference.project8_kv_cache.constraints import Constraint, mask_logits
 from phase3_core_inference.project8_kv_cache.drawing import CANDIDATES, draw_among
 from phase3_core_inference.project8_kv_cache.noise import keys_at, stem
 from phase3_core_inference.project8_kv_cache.sampling_params import SamplingParams
@@ -66,6 +67,7 @@ class Sampler:
         self.params = [_NOBODY] * n_rows
         self.seeds = [0] * n_rows
         self.adjustments = Adjustments(n_rows, vocab_size, device)
+        self.constraints: list[Constraint | None] = [None] * n_rows
         self._whole: set[int] = set()  # rows that draw from all tokens
         self._stems = np.zeros(n_rows, dtype=np.uint64)
         self._numbers = np.array([limits_of(_NOBODY, vocab_size)] * n_rows, dtype=np.float32)  # on the host
@@ -80,14 +82,21 @@ class Sampler:
         return sampler
 
     def put(
-        self, row: int, params: SamplingParams, seed: int, prompt: Sequence[int], written: Sequence[int] = ()
+        self,
+        row: int,
+        params: SamplingParams,
+        seed: int,
+        prompt: Sequence[int],
+        written: Sequence[int] = (),
+        constraint: Constraint | None = None,
     ) -> None:
-        """Give a row to a request, whose text so far is its prompt and what was written behind it."""
+        """Give a row to a request: its text so far, prompt and what was written behind it, and what may come next."""
         self.params[row], self.seeds[row], self._stems[row] = params, seed, stem(seed)
         self._numbers[row] = limits_of(params, self.vocab_size)
         self._on_device = None
         self._whole.discard(row)
         self.adjustments.put(row, params, prompt, written)
+        self.constraints[row] = constraint
 
     @property
     def limits(self) -> Tensor:
@@ -110,8 +119,11 @@ class Sampler:
         return logits[:, : self.vocab_size].float()
 
     def penalized(self, logits: Tensor, rows: Sequence[int], drafted: Tensor | None = None) -> Tensor:
-        """Logits (R, V) after penalties and biases of these rows; drafted: see `Adjustments.apply`."""
-        return logits if self.adjustments.idle else self.adjustments.apply(logits, self.index(rows), drafted)
+        """Logits (R, V) after penalties, biases and constraints of these rows; drafted: see `Adjustments.apply`."""
+        if not self.adjustments.idle:
+            logits = self.adjustments.apply(logits, self.index(rows), drafted)
+        bound = [place for place, row in enumerate(rows) if self.constraints[row] is not None]
+        return mask_logits(logits, bound, [self.constraints[rows[place]] for place in bound]) if bound else logits
 
     def choose(self, logits: Tensor, rows: Sequence[int], positions: Sequence[int]) -> list[int]:
         """The tokens drawn from logits after the penalty; a row may stand there several times."""

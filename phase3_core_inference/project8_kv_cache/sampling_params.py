@@ -8,10 +8,11 @@ This file implements what a request may ask of sampling following:
 Each component is explained with paper references for educational purposes.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from phase1_foundation.project1_minimal_gpt.sampling import check_sampling
+from phase3_core_inference.project8_kv_cache.constraints import Constraint
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class SamplingParams:
         Story Generation", arXiv:1805.04833. min-p, the penalties and the bias are practice.
     PAPER CONTEXT: the unreliable tail derails a text, so it is cut: a fixed number of tokens, or a share of the odds.
     INTUITION: how bold, how far from the likeliest word, how long, and what ends it.
-    IMPLEMENTATION: applied in this order: penalties, bias, temperature, top-k, top-p, min-p; None turns one off.
+    IMPLEMENTATION: applied in this order: penalties, bias, constraint, temperature, top-k, top-p, min-p; None turns
+        one off.
     WHY: plain frozen values: a batch may hold requests that each want something else.
 
     Raises ValueError for values that make no distribution.
@@ -39,6 +41,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = field(
         default=None, hash=False
     )  # added to the logits of these tokens; -100 bans one
+    constraint: Callable[[], Constraint] | None = None  # makes what says, for one text, which tokens may come next
     stop: tuple[str, ...] = ()  # texts that end the text; not part of it
     stop_ids: Collection[int] | None = None  # tokens that end it; None: the tokenizer's end of text
     seed: int | None = None  # the same text every time; None: another one

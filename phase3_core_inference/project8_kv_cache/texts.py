@@ -64,6 +64,7 @@ class TextRequest:
         self.index, self.tokens, self.params = index, list(prompt), params
         self.limit = min(len(prompt) + params.max_new_tokens, room)  # tokens in all
         self.fed, self.finish_reason = 0, None
+        self.constraint = params.constraint() if params.constraint else None
         self.text = TextStream(tokenizer.decode, params.stop)
         eot = getattr(tokenizer, "eot_id", None)
         self.stop_ids = frozenset(({eot} - {None}) if params.stop_ids is None else params.stop_ids)
@@ -82,6 +83,10 @@ class TextRequest:
         text = self.text.push(token)
         if not self.text.stopped and len(self.tokens) == self.limit:
             text, self.finish_reason = text + self.text.finish(), "length"
+        if self.constraint is not None:
+            self.constraint.accept(token)
+            if self.constraint.finished and not self.text.stopped and not self.finish_reason:
+                text, self.finish_reason = text + self.text.finish(), "stop"
         if self.text.stopped:
             self.finish_reason = "stop"
         return Piece(self.index, text, token, self.finish_reason, logprobs)

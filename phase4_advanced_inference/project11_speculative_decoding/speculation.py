@@ -65,8 +65,10 @@ class Speculation:
 
         What a draft drew by the rule, and the host does not know yet, is of this vocabulary.
         """
-        # A step brings one token more than was drafted: none must exceed the limit.
-        asks = [Ask(row, r.tokens, min(self.k, r.limit - len(r.tokens) - 1)) for row, r in seated]
+        # A step brings one token more than was drafted: none must exceed the limit. What a constraint allows behind a
+        # guess is not known before it has accepted the guess.
+        rooms = [0 if r.constraint is not None else r.limit - len(r.tokens) - 1 for _, r in seated]
+        asks = [Ask(row, r.tokens, min(self.k, room)) for (row, r), room in zip(seated, rooms)]
         proposal = self.draft.propose(asks, rule.draft)
         if len(proposal.counts) != len(asks):
             raise ValueError(f"the draft answered {len(proposal.counts)} of {len(asks)} rows: give a list for each")

@@ -120,7 +120,7 @@ class Batcher(Machine):
         """Tell the sampler who sits where."""
         for request in step.admitted:
             if request.row is not None:  # not preempted again in the same step
-                self.sampler.put(request.row, request.params, request.seed, *request.parts)
+                self.sampler.put(request.row, request.params, request.seed, *request.parts, request.constraint)
                 if request.whole:
                     self.sampler.draw_from_all([request.row])
 

@@ -60,6 +60,11 @@ class Request(TextRequest):
         return self.unread > 1 or not self.fed
 
     @property
+    def waits(self) -> bool:
+        """Whether its next token must not be planned yet: what may come depends on one that the host has not read."""
+        return self.constraint is not None and self.pending > 0
+
+    @property
     def complete(self) -> bool:
         """Whether its last token has been drawn already, so that no step needs it."""
         return len(self.tokens) + self.pending >= self.limit

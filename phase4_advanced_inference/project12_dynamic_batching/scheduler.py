@@ -109,7 +109,7 @@ class Scheduler:
         for request in sorted(self.running, key=_importance):
             (reading if request.reading else decoding).append(request)
         for request in decoding:
-            if request.row is not None and not request.complete:
+            if request.row is not None and not request.complete and not request.waits:
                 self._serve(request, step, 1 + len(request.draft))
         for request in reading:
             if request.row is not None:

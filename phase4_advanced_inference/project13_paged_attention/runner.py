@@ -166,7 +166,7 @@ class Runner(Batcher):
         if request.row is not None:
             self.cache.truncate(request.row, request.fed)
             # Anew, as the penalty must forget what was drawn behind the missing token.
-            self.sampler.put(request.row, request.params, request.seed, *request.parts)
+            self.sampler.put(request.row, request.params, request.seed, *request.parts, request.constraint)
             self.sampler.draw_from_all([request.row])
 
     # -- several tokens a step
@@ -222,10 +222,12 @@ class Runner(Batcher):
         ValueError where the text leaves no room to go on.
         """
         other = self.make_request(self.encode(request.tokens), params or request.params, request.priority, request.user)
+        for token in request.parts[1] if other.constraint is not None else ():
+            other.constraint.accept(token)
         at_rest = request.row is not None and not request.reading and not request.pending and not request.finish_reason
         if at_rest and self.blocks.fork(request, other):
             self.scheduler.running.append(other)
-            self.sampler.put(other.row, other.params, other.seed, *other.parts)
+            self.sampler.put(other.row, other.params, other.seed, *other.parts, other.constraint)
             if self.speculation is not None:
                 self.speculation.draft.free(other.row)
         else:

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
 from phase3_core_inference.project8_kv_cache import sampling
+from phase3_core_inference.project8_kv_cache.constraints import bits_of
 from phase3_core_inference.project8_kv_cache.generation import SamplingParams, generate
 from phase3_core_inference.project8_kv_cache.rivals import NumberTokenizer
 from phase3_core_inference.project8_kv_cache.stores import bytes_per_token
@@ -319,6 +320,54 @@ def test_swapping_keeps_to_its_memory_and_gives_it_back():
     other = next(victim for victim in victims if victim is not kept)
     assert other.tokens[18:] == alone(other.tokens[:18], GREEDY)
     assert all(each.tokens[2:] == alone([1, 2], GREEDY) for each in urgent) and all_free(runner)
+
+
+class _Stairs:
+    """Up by one, two or three from the last token, modulo V; at most nine steps."""
+
+    def __init__(self):
+        self.last, self.n, self.finished = 0, 0, False
+
+    def allowed(self):
+        """The three next ones."""
+        return bits_of([(self.last + i) % V for i in (1, 2, 3)], V)
+
+    def accept(self, token):
+        """One step."""
+        assert (token - self.last) % V in (1, 2, 3)
+        self.last, self.n = token, self.n + 1
+        self.finished = self.n == 9
+
+
+@pytest.mark.parametrize("options", [{"ahead": True}, {"ahead": False}, {"speculation": True}])
+@pytest.mark.parametrize("blocks", [None, 9])
+def test_constrained_texts_beside_free_ones(options, blocks):
+    """What may come next depends on the newest token: who is bound waits for it; all texts are those of `generate`."""
+    if "speculation" in options:
+        options = {"speculation": Speculation(k=3, rule="coupled")}
+    runner = runner_of(blocks, n_rows=4, **options)
+    bound = {1: {"constraint": _Stairs}, 0: {}}
+    params = [SamplingParams(14, top_k=(None, 20)[i % 3 > 1], seed=i, stop_ids=(), **bound[i % 2]) for i in range(10)]
+    prompts = [[i, i + 1, i] * (1 + i % 4) for i in range(10)]
+    requests = [runner.add(*each) for each in zip(prompts, params)]
+    texts = drain(runner)
+    for request, prompt, own in zip(requests, prompts, params):
+        assert texts[request.index] == alone(prompt, own)
+        assert len(texts[request.index]) == (9 if own.constraint else 14)
+    assert blocks is None or runner.scheduler.n_preempted > 0
+    assert all_free(runner)
+
+
+def test_a_fork_of_a_constrained_text_goes_on_in_its_state():
+    runner = runner_of(ahead=False)
+    request = runner.add([1, 2, 3], SamplingParams(20, seed=1, stop_ids=(), constraint=_Stairs))
+    for _ in range(5):
+        runner.step()
+    written = request.tokens[3:]
+    assert 0 < len(written) < 9
+    other = runner.fork(request, SamplingParams(20, seed=2, stop_ids=(), constraint=_Stairs))
+    texts = drain(runner)
+    assert len(written) + len(texts[other.index]) == 9  # it asserts its steps itself
 
 
 def test_warming_up_leaves_nothing_behind():
