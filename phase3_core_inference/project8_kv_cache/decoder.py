@@ -65,7 +65,8 @@ class FastDecoder(Decoder):
         still is no matter of the paper, whose TPUs run a compiled program, but of eager code on a GPU.
     INTUITION: a decode step is so short that giving orders takes longer than carrying them out: write them down once.
     IMPLEMENTATION: plans of one shape are one object with buffers at fixed addresses. At first sight its forward is
-        compiled and/or recorded into a CUDA graph, afterwards only replayed. Prefill, of any length, runs eagerly.
+        compiled and/or recorded into a CUDA graph, afterwards only replayed. Plans say what `returns` and `compiles`;
+        prefill runs eagerly, but for project 13's, which fills it up to few sizes.
     WHY: the hundred launches of a small model's step become one.
 
     Args:

@@ -205,7 +205,7 @@ class ModelDraft:
     INTUITION: an apprentice writes ahead; the master reads over it and corrects the first mistake.
     IMPLEMENTATION: its cache is cut to what the text still begins with, and what is missing is read: one token after a
         rejection, two after a draft that was kept whole; equally many for all rows, so that steps can be recorded.
-        What is drafted goes from step to step on the device: the host waits once, at the end.
+        What is drafted goes from step to step on the device: the host learns of it when the next draft is asked for.
     WHY: it finds out by itself what is valid, so whoever drives it needs no bookkeeping for rejections, ends, or rows
         that change their text.
 
@@ -309,8 +309,11 @@ class ModelDraft:
         return logits
 
     def _cut(self, row: int, length: int) -> None:
-        """Keep the first tokens of a row; where its cache cannot go back so far, none."""
-        if length == len(self._held[row]):
+        """Keep the first tokens of a row; where its cache cannot go back so far, none.
+
+        The cache holds more than is known here where a step failed, or what draws for it did.
+        """
+        if length == len(self._held[row]) == self.cache.lengths[row]:
             return
         try:
             self.cache.truncate(row, length)

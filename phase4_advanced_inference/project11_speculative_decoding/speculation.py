@@ -72,6 +72,13 @@ class Speculation:
         proposal = self.draft.propose(asks, rule.draft)
         if len(proposal.counts) != len(asks):
             raise ValueError(f"the draft answered {len(proposal.counts)} of {len(asks)} rows: give a list for each")
+        shape, odds, most = tuple(proposal.drafted.shape), proposal.odds, max(proposal.counts, default=0)
+        if len(shape) != 2 or shape[0] != len(asks) or shape[1] < most:
+            raise ValueError(f"the draft says that {proposal.counts} tokens of its rows count, in a tensor of shape "
+                             f"{shape}: give ({len(asks)}, {most} or more)")  # fmt: skip
+        if odds is not None and odds.shape != (*shape, self._vocab_size):
+            raise ValueError(f"the draft gave odds of shape {tuple(odds.shape)} for tokens of shape {shape}: give "
+                             f"{(*shape, self._vocab_size)}")  # fmt: skip
         for ask, n in zip(asks, proposal.counts):
             if n > max(ask.most, 0):
                 raise ValueError(f"the draft proposed {n} tokens for row {ask.row}: at most {ask.most} fit")

@@ -123,6 +123,25 @@ def test_a_ring_that_cannot_go_back_reads_again():
     assert draft.propose([Ask(0, back, 2)], likeliest).tokens == [greedy_text(model, back, 2)]
 
 
+@pytest.mark.parametrize("options", [{}, {"cache": "sliding"}, {"graphs": True}])
+@pytest.mark.parametrize("fails_at", [0, 1, 2])
+def test_a_draft_that_failed_half_way_goes_on_from_its_text(options, fails_at):
+    """What was read for the failed draft lies in the cache, and is no part of the text."""
+    model, text = model_of(windows=(9, None)), torch.randint(0, 61, (30,)).tolist()
+    draft = ModelDraft(model, **options)
+    draft.prepare(2, 96, 61)
+
+    def failing(logits, rows, positions, drafted):
+        return likeliest(logits, rows, positions, drafted if drafted.shape[1] < fails_at else 1 / 0)
+
+    for n in (20, 22, 24):
+        with pytest.raises(ZeroDivisionError):
+            draft.propose([Ask(0, text[:n], 4), Ask(1, text[:5], 4)], failing)
+    asks = [Ask(0, text[:25], 4), Ask(1, text[:5], 4)]
+    assert draft.propose(asks, likeliest).tokens == [greedy_text(model, ask.tokens, 4) for ask in asks]
+    assert draft.cache.lengths[:2] == [28, 8]
+
+
 def test_rows_that_want_less_and_texts_that_are_too_long():
     model = model_of(block_size=24)
     draft = ModelDraft(model)

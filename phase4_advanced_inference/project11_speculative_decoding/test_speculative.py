@@ -247,6 +247,21 @@ class _Liar:
         """Nothing."""
 
 
+@pytest.mark.parametrize(
+    ("shape", "odds", "message"),
+    [((2, 1), None, r"\(2, 1\): give \(2, 2 or more\)"), ((1, 3), None, r"\(1, 3\): give"), ((3, 3), None, r"\(3, 3\)"),
+     ((2, 3), (2, 2, 9), r"odds of shape \(2, 2, 9\)")],
+)  # fmt: skip
+def test_a_draft_whose_tensors_are_not_what_it_says_is_refused(model, shape, odds, message):
+    """Too narrow a tensor would be judged a place off: another text, and no error."""
+    draft = _Liar([])
+    draft.propose = lambda asks, draw: Proposal(
+        torch.ones(shape, dtype=torch.long), [min(2, ask.most) for ask in asks], odds and torch.ones(odds)
+    )
+    with pytest.raises(ValueError, match=message):
+        speculative_generate(model, TOKENIZER, ["ab", "cd"], GREEDY, draft, k=3, rule="coupled")
+
+
 def test_what_cannot_be_done_says_why(model):
     with pytest.raises(ValueError, match="k=0 must be at least 1"):
         speculative_generate(model, TOKENIZER, "a", k=0)
