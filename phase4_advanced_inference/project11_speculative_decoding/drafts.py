@@ -121,7 +121,7 @@ class Draft(Protocol):
         ...
 
     def propose(self, asks: Sequence[Ask], draw: Draw) -> Proposal:
-        """Guess what comes after each text."""
+        """Guess what comes after each text; a tensor holds tokens alone, also behind a row's own."""
         ...
 
     def free(self, row: int) -> None:

@@ -63,7 +63,7 @@ class Speculation:
     def propose(self, seated: Seated, rule: CoupledRule) -> Proposal:
         """Guess what comes after each text; raises ValueError for a draft that proposes what it must not.
 
-        What a draft drew by the rule, and the host does not know yet, is of this vocabulary.
+        Ids that lie on a GPU are not looked at: what a draft draws by the rule is of this vocabulary.
         """
         # A step brings one token more than was drafted: none must exceed the limit. What a constraint allows behind a
         # guess is not known before it has accepted the guess.
@@ -82,11 +82,19 @@ class Speculation:
         for ask, n in zip(asks, proposal.counts):
             if n > max(ask.most, 0):
                 raise ValueError(f"the draft proposed {n} tokens for row {ask.row}: at most {ask.most} fit")
-        for draft in proposal.tokens if proposal.known else ():
+        self._check_ids(proposal)
+        return proposal
+
+    def _check_ids(self, proposal: Proposal) -> None:
+        """Refuse what are no tokens, where a look at them costs no waiting."""
+        if proposal.known:
+            looked = proposal.tokens
+        else:
+            looked = [] if proposal.drafted.is_cuda else proposal.drafted.tolist()
+        for draft in looked:
             if not all(0 <= token < self._vocab_size for token in draft):
                 raise ValueError(f"the draft proposed {draft}, of which some are no tokens: ids go from 0 to "
                                  f"{self._vocab_size - 1}")  # fmt: skip
-        return proposal
 
     def settle(
         self, rule: CoupledRule, logits: Tensor, seated: Seated, proposal: Proposal

@@ -25,6 +25,7 @@ from phase4_advanced_inference.project13_paged_attention.paged_attention import 
 )
 from phase4_advanced_inference.project13_paged_attention.paged_store import PagedStore
 
+FULL = 1024  # tokens of a mixed step, from which on it is worth the minute that compiling takes
 ALIGNED = 4  # of int32, 16 bytes: Triton compiles a kernel anew for pointers that begin elsewhere
 
 
@@ -42,9 +43,6 @@ def write_tiles(begins: np.ndarray, block_q: int, rows: np.ndarray, firsts: np.n
     owners = rows[:n]
     firsts[:n] = begins[owners] + (np.arange(n) - starts[owners]) * block_q
     owners[firsts[:n] >= begins[owners + 1]] = -1
-
-
-FULL = 1024  # tokens of a mixed step, from which on it is worth the minute that compiling takes
 
 
 class PagedPlan:
