@@ -29,7 +29,7 @@ from phase4_advanced_inference.project11_speculative_decoding.acceptance import 
     keys_for,
     propose,
 )
-from phase4_advanced_inference.project11_speculative_decoding.drafts import Proposal
+from phase4_advanced_inference.project11_speculative_decoding.proposals import Proposal
 
 
 class Recorder:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from phase3_core_inference.project8_kv_cache.sampling import Logprobs, Sampler
 from phase3_core_inference.project8_kv_cache.texts import TextRequest
-from phase4_advanced_inference.project11_speculative_decoding.drafts import Ask, Draft, NGramDraft, Proposal
+from phase4_advanced_inference.project11_speculative_decoding.drafts import NGramDraft
 from phase4_advanced_inference.project11_speculative_decoding.formulas import Tally
+from phase4_advanced_inference.project11_speculative_decoding.proposals import Ask, Draft, Proposal
 from phase4_advanced_inference.project11_speculative_decoding.rules import RULES, CoupledRule, Recorder
 
 Seated = Sequence[tuple[int, TextRequest]]  # (row, request)

@@ -26,7 +26,7 @@ from phase3_core_inference.project8_kv_cache.generation import (
     prepare,
 )
 from phase3_core_inference.project8_kv_cache.texts import TextRequest
-from phase4_advanced_inference.project11_speculative_decoding.drafts import Draft, Proposal
+from phase4_advanced_inference.project11_speculative_decoding.proposals import Draft, Proposal
 from phase4_advanced_inference.project11_speculative_decoding.rules import CoupledRule
 from phase4_advanced_inference.project11_speculative_decoding.speculation import Speculation
 

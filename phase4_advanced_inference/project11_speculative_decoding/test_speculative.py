@@ -12,7 +12,8 @@ from phase3_core_inference.project8_kv_cache.rivals import NumberTokenizer
 from phase3_core_inference.project8_kv_cache.sampling import Sampler
 from phase3_core_inference.project8_kv_cache.sliding_cache import SlidingCache
 from phase4_advanced_inference.project10_prompt_caching.prompt_cache import PromptCache
-from phase4_advanced_inference.project11_speculative_decoding.drafts import ModelDraft, NGramDraft, Proposal
+from phase4_advanced_inference.project11_speculative_decoding.drafts import ModelDraft, NGramDraft
+from phase4_advanced_inference.project11_speculative_decoding.proposals import Proposal
 from phase4_advanced_inference.project11_speculative_decoding.speculative import SpeculativeWriter, speculative_generate
 
 TOKENIZER = byte_tokenizer()

@@ -15,7 +15,7 @@ from phase3_core_inference.project8_kv_cache import sampling
 from phase3_core_inference.project8_kv_cache.generation import SamplingParams
 from phase3_core_inference.project8_kv_cache.rivals import NumberTokenizer
 from phase3_core_inference.project8_kv_cache.sampling import Sampler
-from phase4_advanced_inference.project11_speculative_decoding.drafts import Proposal
+from phase4_advanced_inference.project11_speculative_decoding.proposals import Proposal
 from phase4_advanced_inference.project11_speculative_decoding.speculation import Speculation
 from phase4_advanced_inference.project13_paged_attention.runner import Runner
 
