@@ -188,7 +188,8 @@ class Days(RuleBasedStateMachine):
             self.note(self.runner.add(prompt, params, priority, user=f"user {seed % 2}"))
 
     def allowed(self, kind):
-        return "penalty" if self.mode == "rejection" and kind in ("plain", "cut") else kind
+        """Rejection draws other texts with the same odds, so there requests are greedy."""
+        return "penalty" if self.mode == "rejection" and KINDS[kind].get("temperature") != 0.0 else kind
 
     def note(self, request):
         self.asked[request.index] = (request, tuple(request.tokens), request.params)
