@@ -9,10 +9,12 @@ Each component is explained with paper references for educational purposes.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from phase3_core_inference.project8_kv_cache.buffers import on_device
 from phase3_core_inference.project8_kv_cache.sampling_params import SamplingParams
 
 
@@ -58,19 +60,19 @@ class Adjustments:
             self.written = torch.zeros(self.n_rows, self.vocab_size, dtype=torch.int32, device=self.device)
             self.prompted = torch.zeros_like(self.written, dtype=torch.bool)
         if self.written is not None:
-            self.penalties[row] = torch.tensor(params.penalties, device=self.device)
+            self.penalties[row] = on_device(params.penalties, self.device, np.float32)
             self.written[row], self.prompted[row] = 0, False
         if params.penalized:
-            self.prompted[row, torch.tensor(prompt, dtype=torch.long, device=self.device)] = True
-            tokens = torch.tensor(written, dtype=torch.long, device=self.device)
+            self.prompted[row].index_fill_(0, on_device(prompt, self.device), True)
+            tokens = on_device(written, self.device)
             self.written[row].index_add_(0, tokens, torch.ones_like(tokens, dtype=torch.int32))
         if params.logit_bias and self.bias is None:
             self.bias = torch.zeros(self.n_rows, self.vocab_size, device=self.device)
         if self.bias is not None:
             self.bias[row] = 0.0
         if params.logit_bias:
-            ids, values = (torch.tensor(list(x), device=self.device) for x in zip(*params.logit_bias.items()))
-            self.bias[row, ids] = values.float()
+            values = on_device(list(params.logit_bias.values()), self.device, np.float32)
+            self.bias[row].index_copy_(0, on_device(list(params.logit_bias), self.device), values)
 
     def apply(self, logits: Tensor, index: slice | Tensor, drafted: Tensor | None = None) -> Tensor:
         """Logits (R, V) of the rows that `index` picks, adjusted.

@@ -54,9 +54,9 @@ class StepBuffers:
             self._copied.record()
 
 
-def on_device(numbers: Sequence[int] | np.ndarray, device) -> Tensor:
-    """Whole numbers on the device (n,), without waiting for it."""
-    tensor = torch.from_numpy(np.asarray(numbers, dtype=np.int64))
+def on_device(numbers: Sequence | np.ndarray, device, dtype=np.int64) -> Tensor:
+    """Numbers of the host on the device, in their shape, without waiting for it."""
+    tensor = torch.from_numpy(np.asarray(numbers, dtype=dtype))
     if torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from phase3_core_inference.project8_kv_cache.buffers import on_device
+
 
 class Constraint(Protocol):
     """What one text may say next; it is told of every token that becomes part of the text.
@@ -61,10 +63,7 @@ def mask_logits(logits: Tensor, places: Sequence[int], constraints: Sequence[Con
     masks = np.stack([np.asarray(constraint.allowed(), dtype=np.int32) for constraint in constraints])
     if not masks.any(axis=1).all():
         raise ValueError("a constraint allows no token and has not finished: its grammar leads into a dead end")
-    words, where = torch.from_numpy(masks), torch.tensor(places)
-    if logits.is_cuda:
-        words, where = words.pin_memory(), where.pin_memory()
-    words, where = (x.to(logits.device, non_blocking=True) for x in (words, where))
+    words, where = on_device(masks, logits.device, np.int32), on_device(places, logits.device)
     bits = (words.unsqueeze(-1) >> torch.arange(32, device=logits.device)) & 1
     allowed = bits.flatten(1)[:, : logits.shape[-1]].bool()
     return logits.index_copy(0, where, logits[where].masked_fill(~allowed, -torch.inf))

@@ -38,9 +38,8 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # logits of tokens that occurred: divided by this if positive, else multiplied
     presence_penalty: float = 0.0  # taken off the logits of tokens that were written
     frequency_penalty: float = 0.0  # the same, once for each time that they were
-    logit_bias: Mapping[int, float] | None = field(
-        default=None, hash=False
-    )  # added to the logits of these tokens; -100 bans one
+    # Added to the logits of these tokens; -100 bans one.
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
     constraint: Callable[[], Constraint] | None = None  # makes what says, for one text, which tokens may come next
     stop: tuple[str, ...] = ()  # texts that end the text; not part of it
     stop_ids: Collection[int] | None = None  # tokens that end it; None: the tokenizer's end of text

@@ -76,7 +76,7 @@ def test_texts_belong_to_the_language(model, options):
 
 
 def test_whoever_writes_writes_the_same(model):
-    """Batches, blocks, a host that is a step ahead, drafts, too little memory: the texts of `generate`."""
+    """Drafts, and blocks with fewer rows than texts: the texts of `generate` (project 13 tests its Runner)."""
     speculative = catalog.resolve("generators", "speculative")
     params = [SamplingParams(20, seed=i, constraint=Dates if i % 3 else None, stop_ids=()) for i in range(8)]
     prompts = ["Born ", "a", "The date: ", "x", "1984-", "", "été", "Hello there"]

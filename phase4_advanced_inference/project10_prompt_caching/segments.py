@@ -99,7 +99,8 @@ def read_segment(path: Path, owner: str, device) -> tuple[list[int], Segment]:
             layers = [(file.get_tensor(f"{i}.k"), file.get_tensor(f"{i}.v")) for i in range(len(keys) // 2)]
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path} is no file of kept keys and values, or is damaged ({error}): delete it") from error
-    if not isinstance(text, list) or not layers or len(text) < len(layers[0][0]):
+    ids = isinstance(text, list) and all(isinstance(token, int) and 0 <= token < 2**63 for token in text)
+    if not ids or not layers or len(text) < len(layers[0][0]):
         raise ValueError(f"{path} does not say for which text its keys and values are: delete it")
     if about.get("fingerprint") != owner:
         raise ValueError(f"{path} holds keys and values of another model (or of this one before it was trained further "

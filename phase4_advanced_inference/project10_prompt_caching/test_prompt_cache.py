@@ -1,7 +1,11 @@
 """Reuse of keys and values: the same logits and texts, exact hits, files, other models, and what must be refused."""
 
+import json
+
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load, save
 
 from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
 from phase3_core_inference.project8_kv_cache.answering import KeptWriter
@@ -159,6 +163,13 @@ def test_files_of_another_model_and_damaged_ones_are_refused(tmp_path):
     for damage in (b"", whole[: len(whole) // 2], b"not a file of tensors", whole[:8] + b"x" + whole[9:]):
         path.write_bytes(damage)
         with pytest.raises(ValueError, match=f"{path.name} .*delete it"):
+            PromptCache().load(tmp_path, model)
+    path.write_bytes(whole)
+    with safe_open(path, "pt") as file:
+        about, tensors = file.metadata(), load(whole)
+    for text in ([-1] * 20, [0.5] * 20, [2**70] * 20, ["1"] * 20, [1], {}, None):
+        path.write_bytes(save(tensors, metadata=about | {"text": json.dumps(text)}))
+        with pytest.raises(ValueError, match=f"{path.name} does not say for which text"):
             PromptCache().load(tmp_path, model)
     assert PromptCache().load(tmp_path / "nowhere", model) == 0
 
