@@ -4,13 +4,15 @@
     uv run python chat.py --checkpoint HuggingFaceTB/SmolLM2-135M-Instruct --temperature 0.3
     uv run python chat.py --system "Answer in one sentence."
 
-Any checkpoint will do: one that was fine-tuned here is spoken to by project 4's template, one of the hub by its own,
+It speaks through the engine of project 28, alone with it: what was said before is not read again. Any checkpoint will
+do: one that was fine-tuned here is spoken to by project 4's template, one of the hub by its own,
 and one that was only pre-trained goes on with a transcript.
 
 Commands: /reset forgets the conversation, /save FILE writes it as JSON, /quit leaves (as Ctrl-D does); Ctrl-C ends an
 answer, or at the prompt the chat.
 """
 
+import contextlib
 import json
 import signal
 import sys
@@ -24,8 +26,8 @@ from common.run import Run, ask
 from phase1_foundation.project1_minimal_gpt.sampling import check_sampling
 from phase1_foundation.project3_pretrain.loading import load, newest_checkpoint
 from phase2_finetuning.project4_sft.other_templates import Transcript, template_for
-from phase3_core_inference.project8_kv_cache.answering import KeptWriter, answer
-from phase4_advanced_inference.project10_prompt_caching.prompt_cache import PromptCache
+from phase3_core_inference.project8_kv_cache.sampling_params import SamplingParams
+from phase10_deployment.project28_serving.engine import Engine, EngineOptions, memory_for
 
 # == Chat ==
 CHECKPOINT: str | None = None  # a checkpoint, a Hugging Face folder or org/name; none: the newest that was fine-tuned
@@ -36,7 +38,7 @@ TEMPERATURE = 0.7  # 0: always the likeliest token
 TOP_K: int | None = 50  # keep only the k most likely tokens; none: all
 TOP_P: float | None = 0.95  # keep only the likeliest tokens that together reach this; none: all
 SEED: int | None = None  # same answers every time; none: other ones
-MEMORY_MIB = 512  # for keys and values of earlier turns, which need not be read again; 0: none are kept
+MEMORY_MIB: float | None = None  # for keys and values; none: enough for a whole conversation
 
 _FINE_TUNED = ("project6", "project5", "project4", "speedrun/dpo", "speedrun/sft")  # below checkpoints/
 _COMMANDS = "/reset forgets the conversation, /save FILE writes it, /quit leaves; Ctrl-C ends an answer"
@@ -49,8 +51,8 @@ def validate_config(settings=None):
     check_sampling(s.TEMPERATURE, s.TOP_K, s.TOP_P)
     if s.MAX_NEW_TOKENS < 1:
         raise ValueError(f"MAX_NEW_TOKENS={s.MAX_NEW_TOKENS} must be at least 1")
-    if s.MEMORY_MIB < 0:
-        raise ValueError(f"MEMORY_MIB={s.MEMORY_MIB} must be at least 0")
+    if s.MEMORY_MIB is not None and not 0 < s.MEMORY_MIB < float("inf"):
+        raise ValueError(f"MEMORY_MIB={s.MEMORY_MIB} must be positive, or none to have what a conversation needs")
 
 
 def print_config(settings=None):
@@ -65,7 +67,8 @@ def main(argv=None):
         model, tokenizer = load(source, run.device)
         template = template_for(tokenizer, source)
         base = " (a base model: it only goes on with a transcript)" if isinstance(template, Transcript) else ""
-        _Conversation(model, template, run.settings).hold(f"Talking to {source}{base}. {_COMMANDS}.")
+        engine = engine_of(model, template, run.settings)
+        _Conversation(engine, run.settings).hold(f"Talking to {source}{base}. {_COMMANDS}.")
 
 
 def newest_fine_tuned():
@@ -78,12 +81,18 @@ def newest_fine_tuned():
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
+def engine_of(model, template, s) -> Engine:
+    """An engine for one text at a time."""
+    room, graphs = model.config.block_size, next(model.parameters()).is_cuda
+    memory = int(s.MEMORY_MIB * 2**20) if s.MEMORY_MIB else memory_for(model, EngineOptions(max_running=2), room)
+    return Engine(model, template.tokenizer, template, 1, memory=memory, graphs=graphs)
+
+
 class _Conversation:
     """What was said so far, and how it goes on."""
 
-    def __init__(self, model, template, settings):
-        self.model, self.template, self.settings = model, template, settings
-        self.writer = KeptWriter(model, template.tokenizer, PromptCache(settings.MEMORY_MIB * 2**20))
+    def __init__(self, engine, settings):
+        self.engine, self.settings = engine, settings
         self.reset()
 
     def reset(self):
@@ -140,19 +149,16 @@ class _Conversation:
         self.messages.append({"role": "user", "content": line})
         s, pieces, whole = self.settings, [], False
         seed = None if s.SEED is None else s.SEED + len(self.messages)
-        words = answer(
-            self.model, self.template, self.messages, s.MAX_NEW_TOKENS, s.TEMPERATURE, s.TOP_K, s.TOP_P, seed,
-            self.writer,
-        )  # fmt: skip
+        params = SamplingParams(s.MAX_NEW_TOKENS, s.TEMPERATURE, s.TOP_K, s.TOP_P, seed=seed)
         try:
-            while True:
-                piece = next(words)
-                pieces.append(piece if pieces else piece.lstrip())
-                print(pieces[-1], end="", flush=True)
-        except StopIteration as end:
-            whole = end.value
+            with contextlib.closing(self.engine.answer(self.messages, params)) as words:
+                for piece in words:
+                    whole = piece.finish_reason == "stop"
+                    if piece.text:
+                        pieces.append(piece.text if pieces else piece.text.lstrip())
+                        print(pieces[-1], end="", flush=True)
         except KeyboardInterrupt:
-            words.close()
+            pass
         except ValueError as error:  # a message that this model's template or tokenizer cannot take
             self.messages.pop()
             print(f"error: {error}")

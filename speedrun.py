@@ -294,7 +294,7 @@ def write_report(s, stages, texts, scores):
         "## What to do with it",
         "",
         "```",
-        f"uv run python chat.py --checkpoint {os.path.relpath(out / 'dpo' / 'best.pt', ROOT)}",
+        *commands_for(out / "dpo" / "best.pt"),
         "```",
         "",
     ]
@@ -302,7 +302,14 @@ def write_report(s, stages, texts, scores):
     for name, source in plots.items():
         shutil.copyfile(source, folder / name)
     atomic_write(folder / "report.md", "\n".join(lines))
-    print(f"\nThe report is in {folder / 'report.md'}, the model in {out / 'dpo' / 'best.pt'}.")
+    print(f"\nThe report is in {folder / 'report.md'}, the model in {out / 'dpo' / 'best.pt'}. To use it:")
+    print("".join(f"  {command}\n" for command in commands_for(out / "dpo" / "best.pt")), end="")
+
+
+def commands_for(model):
+    """How to use a model: talk to it in the terminal, in the browser, and serve it to programs."""
+    scripts = ("chat.py", "phase10_deployment/project30_gradio/app.py", "phase10_deployment/project28_serving/serve.py")
+    return [f"uv run python {script} --checkpoint {os.path.relpath(model, ROOT)}" for script in scripts]
 
 
 def quality(scores):

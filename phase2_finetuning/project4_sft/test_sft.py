@@ -114,19 +114,16 @@ def test_a_run_learns_the_answers_and_leaves_a_model_that_chats(base, tmp_path, 
     assert "/reset forgets" in chat.stdout and "(forgotten)" in chat.stdout
 
 
-def test_what_is_saved_can_be_trained_on(template, tmp_path, capsys, monkeypatch):
-    replies = iter([("Hello.", True), ("Never fin", False), ("Bye.", True)])
+def test_what_is_saved_can_be_trained_on(tmp_path, capsys):
+    replies = iter([("Hello.", "stop"), ("Never fin", "length"), ("Bye.", "stop")])
 
-    def scripted(*args):
-        text, whole = next(replies)
-        yield text
-        return whole
+    class Scripted:
+        def answer(self, messages, params):
+            text, reason = next(replies)
+            yield SimpleNamespace(text=text, finish_reason=reason)
 
-    monkeypatch.setattr(chat_script, "answer", scripted)
-    settings = SimpleNamespace(
-        SYSTEM="Be kind.", MAX_NEW_TOKENS=9, TEMPERATURE=1.0, TOP_K=None, TOP_P=None, SEED=None, MEMORY_MIB=8
-    )
-    talk = chat_script._Conversation(None, template, settings)
+    settings = SimpleNamespace(SYSTEM="Be kind.", MAX_NEW_TOKENS=9, TEMPERATURE=1.0, TOP_K=None, TOP_P=None, SEED=None)
+    talk = chat_script._Conversation(Scripted(), settings)
     path = tmp_path / "talk.jsonl"
     lines = ("/save", f"/save {path}", "Hi", "Go on", "Bye", f"/save {path}", f"/save {path}", "/save /", "/quit")
     assert [talk.react(line) for line in lines] == [True] * 8 + [False]

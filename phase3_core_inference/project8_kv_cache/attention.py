@@ -15,7 +15,6 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias
 
 from phase3_core_inference.project8_kv_cache.work import SHORT
 
@@ -68,7 +67,8 @@ def by_sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, ends: T
         repeated, as masked kernels know no groups.
     WHY: prefill; and decoding on a CPU, where it is the fastest that PyTorch has.
     """
-    if isinstance(bias, CausalBias):  # the last query at the last key: kernels skip what is not seen, and know groups
+    # A `CausalBias`, the last query at the last key: kernels skip what is not seen, and know groups.
+    if type(bias) is not Tensor:
         q = q.transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, v, bias, scale=scale, enable_gqa=True).transpose(1, 2)
     G = q.shape[2] // k.shape[1]

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from phase1_foundation.project3_pretrain.plans import LayerSpec
 from phase3_core_inference.project8_kv_cache.attention import CacheKernel
@@ -222,6 +221,8 @@ class PromptPlan(CachePlan):
     aligned = True
 
     def _prepare_masks(self, dtype: torch.dtype, device) -> None:
+        from torch.nn.attention.bias import causal_lower_right  # here, as it loads the compiler, for seconds
+
         self.bias = [causal_lower_right(self.shape.n_each, self.shape.n_keys)]
 
     def fill(self, layout: Layout, tokens: Sequence[int] | None) -> None:

@@ -50,6 +50,8 @@ class Machine:
         if tokenizer is None:
             raise ValueError("this model came without a tokenizer, so there is no text to read or write: add its files")
         self.model, self.tokenizer = model, tokenizer
+        # Once: a tokenizer counts its whole vocabulary for it.
+        self._vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
         build = catalog.resolve("caches", cache) if isinstance(cache, str) else cache
         weight, fast = next(model.parameters()), compiled or graphs
         options = {"padded": True, "round_keys": octaves if compiled else quarter_octaves} if fast else {}
@@ -67,7 +69,7 @@ class Machine:
 
     def vocab_size(self) -> int:
         """Ids that both the model and its tokenizer know: either may have more."""
-        return min(self.tokenizer.vocab_size, self.model.config.vocab_size)
+        return self._vocab_size
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The tokens of a prompt; an empty one begins a document.

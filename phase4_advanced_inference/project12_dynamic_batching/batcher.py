@@ -69,17 +69,19 @@ class Batcher(Machine):
         return slots(self.cache, prefixes)
 
     def add(
-        self, prompt: Prompt, params: SamplingParams | None = None, priority: int = 0, user: str = ""
+        self, prompt: Prompt, params: SamplingParams | None = None, priority: int = 0, user: str = "", space: int = 0
     ) -> Request:  # fmt: skip
         """Let a request queue up; raises ValueError for one that cannot be served."""
-        request = self.make_request(self.encode(prompt), params or SamplingParams(), priority, user)
+        request = self.make_request(self.encode(prompt), params or SamplingParams(), priority, user, space)
         self.scheduler.add(request)
         return request
 
-    def make_request(self, tokens: list[int], params: SamplingParams, priority: int = 0, user: str = "") -> Request:
+    def make_request(
+        self, tokens: list[int], params: SamplingParams, priority: int = 0, user: str = "", space: int = 0
+    ) -> Request:  # fmt: skip
         """A request with the next number; raises ValueError for parameters that this vocabulary does not allow."""
         params.check(self.vocab_size())
-        return Request(next(self._numbers), tokens, params, self.tokenizer, self.room, priority, user)
+        return Request(next(self._numbers), tokens, params, self.tokenizer, self.room, priority, user, space)
 
     def abort(self, request: Request) -> None:
         """Call a request off; its memory is free at once, and nothing more is said of it."""
@@ -117,12 +119,16 @@ class Batcher(Machine):
         return selective_step(self.decoder, step.work, step.tokens)
 
     def seat(self, step: Step) -> None:
-        """Tell the sampler who sits where."""
+        """Tell whoever must know who sits where."""
         for request in step.admitted:
             if request.row is not None:  # not preempted again in the same step
-                self.sampler.put(request.row, request.params, request.seed, *request.parts, request.constraint)
-                if request.whole:
-                    self.sampler.draw_from_all([request.row])
+                self.seat_one(request)
+
+    def seat_one(self, request: Request) -> None:
+        """Tell the sampler who has a row from now on."""
+        self.sampler.put(request.row, request.params, request.seed, *request.parts, request.constraint)
+        if request.whole:
+            self.sampler.draw_from_all([request.row])
 
     def take(self, request: Request, token: int, logprobs: Logprobs | None) -> Piece:
         """Add a token to a text; where it ends, its memory is free."""

@@ -27,7 +27,7 @@ class Capacity(Protocol):
         ...
 
     def admit(self, request: Request) -> bool:
-        """Give a request a row, and set `fed` to what is known of its text already; False: not now."""
+        """Give a request a row, in which it may `begin` with what is known of its text already; False: not now."""
         ...
 
     def grow(self, request: Request, n: int) -> bool:
@@ -75,8 +75,10 @@ class Slots:
         if not self._free:
             return False
         request.row = self._free.pop()
+        known = 0
         if self.prefixes is not None:
-            request.fed = self.prefixes.restore(self.cache, request.row, request.tokens)
+            known = self.prefixes.restore(self.cache, request.row, request.keys())
+        request.begin(known)
         return True
 
     def grow(self, request: Request, n: int) -> bool:
@@ -92,7 +94,7 @@ class Slots:
         """Take the row; what was read stays with `prefixes`, unless a step may have failed in between."""
         if self.prefixes is not None and request.finish_reason != ABORTED:
             known = min(self.cache.lengths[request.row], len(request.tokens))
-            self.prefixes.keep(self.cache, request.row, request.tokens[:known])
+            self.prefixes.keep(self.cache, request.row, request.keys(known))
         self.cache.free(request.row)
         self._free.append(request.row)
         self._free.sort(reverse=True)

@@ -28,11 +28,14 @@ class Request(TextRequest):
 
     Args:
         priority: higher ones go first; user: whose it is, for fairness; others as of `TextRequest`.
+        space: texts of one may share keys and values, as those of one adapter; texts of two never do. Below 2**32.
     """
 
-    def __init__(self, index, prompt, params, tokenizer, room, priority: int = 0, user: str = ""):
+    def __init__(self, index, prompt, params, tokenizer, room, priority: int = 0, user: str = "", space: int = 0):
         super().__init__(index, prompt, params, tokenizer, room)
-        self.priority, self.user = priority, user
+        if not 0 <= space < 2**32:
+            raise ValueError(f"space={space} must be from 0 to 2**32 - 1: 0 where all texts may share")
+        self.priority, self.user, self.space = priority, user, space
         self.seed = random.getrandbits(62) if params.seed is None else params.seed
         self.n_prompt = len(self.tokens)
         self.row: int | None = None  # of the cache
@@ -43,11 +46,30 @@ class Request(TextRequest):
         self.queued = self.waited = 0  # the step in which it came into the queue; steps that it waited there
         self.level = priority  # with what waiting had brought when it was let in
         self.kept = None  # what a capacity remembers of it while it is preempted
+        self.found = 0  # tokens that lay in the cache when it was let in for the first time
+        self._new = True
 
     @property
     def parts(self) -> tuple[list[int], list[int]]:
         """The prompt, and what was written behind it."""
         return self.tokens[: self.n_prompt], self.tokens[self.n_prompt :]
+
+    def begin(self, known: int) -> None:
+        """It has a row, in which so many of its tokens lie already."""
+        self.fed = known
+        if self._new:
+            self.found, self._new = known, False
+
+    def keys(self, stop: int | None = None) -> list[int]:
+        """The tokens up to `stop` as a tree of beginnings knows them: in another space the same token is another one.
+
+        >>> from phase3_core_inference.project8_kv_cache.rivals import NumberTokenizer
+        >>> from phase3_core_inference.project8_kv_cache.sampling_params import SamplingParams
+        >>> [Request(0, [5, 6, 7], SamplingParams(), NumberTokenizer(9), 64, space=s).keys(-1) for s in (0, 1)]
+        [[5, 6], [4294967301, 4294967302]]
+        """
+        tokens = self.tokens[:stop]
+        return [token + (self.space << 32) for token in tokens] if self.space else tokens
 
     @property
     def unread(self) -> int:

@@ -285,6 +285,33 @@ def test_shared_beginnings_are_restored(model):
     assert prefixes.statistics.found == 2 * len(start) + 2
 
 
+def test_beginnings_are_restored_within_their_space_alone(model):
+    prefixes, params = PromptCache(), SamplingParams(8, 0.0, stop_ids=())
+    batcher = Batcher(model, TOKENIZER, 1, prefixes=prefixes)
+    requests = [batcher.add("Once upon a time", params, space=space) for space in (0, 3, 3, 4, 0)]
+    while batcher.busy:
+        batcher.step()
+    assert [request.found for request in requests] == [0, 0, 15, 0, 15]
+    assert prefixes.statistics.found == 30 and prefixes.tree.n_tokens == 3 * (16 + 7)
+    expected = generate(model, TOKENIZER, "Once upon a time", params).tokens
+    assert all(request.tokens[16:] == expected for request in requests)
+    with pytest.raises(ValueError, match="space=-1 must be from 0 to"):
+        batcher.add("a", space=-1)
+    assert is_empty(batcher)
+
+
+def test_what_was_found_is_what_lay_there_at_first(model):
+    batcher = Batcher(model, TOKENIZER, 1, prefixes=PromptCache())
+    batcher.generate("Once upon a time", SamplingParams(1, 0.0, stop_ids=()))
+    request = batcher.add("Once upon a dream", SamplingParams(9, 0.0, stop_ids=()))
+    for _ in range(3):
+        batcher.step()
+    batcher.add("No", SamplingParams(2, 0.0, stop_ids=()), priority=1)
+    while batcher.busy:
+        batcher.step()
+    assert batcher.scheduler.n_preempted == 1 and request.found == len("Once upon a ")
+
+
 # --- calling off, failing ---
 
 

@@ -15,6 +15,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from common.benchmark import Report, measure, measure_recorded, run_parts
 from common.device import memory_bandwidth, peak_flops, synchronize
@@ -199,7 +200,7 @@ def measure_chunk(report, s, device, n, past, sizes):
     q = torch.randn(rows * n, H, D, device=device).to(dtype)
     begins = torch.arange(0, rows * n + 1, n, device=device).int()
     ends = torch.full((rows,), n + past, device=device).int()
-    bias = torch.nn.attention.bias.causal_lower_right(n, n + past)
+    bias = causal_lower_right(n, n + past)
     tiles = tile_list(begins, rows * n, queries_of_a_tile(H, Hkv, D, D))  # once a step, for all layers
     split = q.view(rows, n, H, D).transpose(1, 2)
     runs = {

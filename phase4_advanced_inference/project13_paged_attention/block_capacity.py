@@ -103,7 +103,7 @@ class Blocks:
         if self.tree is None:
             return self._begin(request, [], n_running)
         # The beginning of a text that the tree has: never all of it, as one token must be read.
-        with self.tree.match(request.tokens[:-1], counted=False) as match:
+        with self.tree.match(request.keys(-1), counted=False) as match:
             known = [block for span, n in match.parts for block in span.blocks[: n // self.cache.page]]
             begun = self._begin(request, known, n_running)
             if begun:
@@ -118,7 +118,7 @@ class Blocks:
             return False
         request.row = self._rows.pop()
         self.cache.adopt(request.row, blocks)
-        request.fed = self.cache.lengths[request.row]
+        request.begin(self.cache.lengths[request.row])
         return True
 
     def _swap_in(self, request: Request) -> None:
@@ -173,7 +173,7 @@ class Blocks:
             self.in_tree[some] = True
             return BlockSpan(self, some)
 
-        self.tree.insert(request.tokens[: min(request.fed, len(request.tokens))], span)
+        self.tree.insert(request.keys(min(request.fed, len(request.tokens))), span)
 
     def preempt(self, request: Request) -> None:
         """Take the row of a request that will come back: to the host if there is room, else to be read anew.
@@ -207,7 +207,7 @@ class Blocks:
             return False
         other.row = self._rows.pop()
         self.cache.fork(request.row, other.row)
-        other.fed = request.fed
+        other.begin(request.fed)
         return True
 
     def clear(self) -> None:

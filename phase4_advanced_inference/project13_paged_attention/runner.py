@@ -206,12 +206,11 @@ class Runner(Batcher):
                     break
         return pieces
 
-    def seat(self, step: Step) -> None:
-        """Tell the sampler, and the draft, who sits where."""
-        super().seat(step)
-        for request in step.admitted if self.speculation is not None else ():
-            if request.row is not None:
-                self.speculation.draft.free(request.row)
+    def seat_one(self, request: Request) -> None:
+        """Tell the sampler, and the draft, who has a row from now on."""
+        super().seat_one(request)
+        if self.speculation is not None:
+            self.speculation.draft.free(request.row)
 
     # -- everything else
 
@@ -221,15 +220,14 @@ class Runner(Batcher):
         One that waits, still reads, or is a step ahead of the host is queued with the same text instead. Raises
         ValueError where the text leaves no room to go on.
         """
-        other = self.make_request(self.encode(request.tokens), params or request.params, request.priority, request.user)
+        whose = request.priority, request.user, request.space
+        other = self.make_request(self.encode(request.tokens), params or request.params, *whose)
         for token in request.parts[1] if other.constraint is not None else ():
             other.constraint.accept(token)
         at_rest = request.row is not None and not request.reading and not request.pending and not request.finish_reason
         if at_rest and self.blocks.fork(request, other):
             self.scheduler.running.append(other)
-            self.sampler.put(other.row, other.params, other.seed, *other.parts, other.constraint)
-            if self.speculation is not None:
-                self.speculation.draft.free(other.row)
+            self.seat_one(other)
         else:
             self.scheduler.add(other)
         return other

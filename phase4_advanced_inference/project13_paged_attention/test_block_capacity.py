@@ -18,9 +18,9 @@ def blocks_of(n_blocks, n_rows=4, **options):
     return Blocks(PagedCache([SPEC], n_rows, LONG, page=4, n_blocks=n_blocks), **options)
 
 
-def request_of(prompt, index=0):
+def request_of(prompt, index=0, space=0):
     """A request that wants 8 tokens more."""
-    return Request(index, list(prompt), SamplingParams(8, 0.0, seed=0, stop_ids=()), TOKENIZER, LONG)
+    return Request(index, list(prompt), SamplingParams(8, 0.0, seed=0, stop_ids=()), TOKENIZER, LONG, space=space)
 
 
 def read(blocks, request, n=None):
@@ -33,9 +33,9 @@ def read(blocks, request, n=None):
     return True
 
 
-def served(blocks, prompt, index=0):
+def served(blocks, prompt, index=0, space=0):
     """A request that was let in and has read its prompt."""
-    request = request_of(prompt, index)
+    request = request_of(prompt, index, space)
     assert blocks.admit(request) and read(blocks, request)
     return request
 
@@ -123,6 +123,33 @@ def test_of_a_text_that_is_known_whole_one_token_is_read():
     blocks.release(served(blocks, range(8)))
     again = request_of(range(8))
     assert blocks.admit(again) and again.fed == 4 and again.reading and again.unread == 4
+
+
+def test_texts_of_two_spaces_share_nothing():
+    blocks = blocks_of(24, n_rows=8)
+    for space in (0, 1, 7):
+        request = served(blocks, range(10), space=space)
+        assert request.found == 0
+        blocks.release(request)
+    assert blocks.tree.n_tokens == 3 * 8 == blocks.tree.statistics.inserted and blocks.in_tree.sum() == 6
+    others = [request_of(range(10), space=space) for space in (0, 1, 7, 2**32 - 1)]
+    assert all(map(blocks.admit, others)) and [other.fed for other in others] == [8, 8, 8, 0]
+    taken = [block for other in others for block in blocks.cache.blocks(other.row)]
+    assert len(set(taken)) == len(taken) == 6
+    for space in (-1, 2**32):
+        with pytest.raises(ValueError, match=rf"space={space} must be from 0 to"):
+            request_of(range(10), space=space)
+
+
+def test_what_was_found_is_what_lay_there_at_first():
+    blocks = blocks_of(12)
+    blocks.release(served(blocks, range(9)))
+    request = served(blocks, range(14))
+    assert request.found == 8 and request.fed == 14
+    other = request_of(range(14), 1)
+    assert blocks.fork(request, other) and other.found == 14
+    blocks.preempt(request)
+    assert blocks.admit(request) and request.fed == 12 and request.found == 8  # its own are there by now
 
 
 def test_rows_that_are_taken_keep_others_out():

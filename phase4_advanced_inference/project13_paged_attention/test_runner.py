@@ -305,6 +305,23 @@ def test_a_fork_goes_on_from_the_same_blocks():
     assert all_free(runner)
 
 
+def test_a_space_goes_with_requests_and_their_forks():
+    runner, prompt = runner_of(n_rows=4, max_tokens=64), list(range(21))
+    requests = [runner.add(prompt, GREEDY, space=space) for space in (1, 2, 1)]
+    runner.step()
+    assert [request.found for request in requests] == [0, 0, 20] and len(runner.last.tokens) == 21 + 21 + 1
+    runner.step()
+    forks = [runner.fork(request, GREEDY) for request in requests]  # one has a row, two are queued
+    said = [list(fork.tokens) for fork in forks]
+    texts = drain(runner)
+    assert [fork.space for fork in forks] == [1, 2, 1]
+    assert [texts[fork.index] for fork in forks] == [alone(each, GREEDY) for each in said]
+    assert {key >> 32 for tokens, _ in runner.blocks.tree.spans() for key in tokens} == {1, 2}
+    late = runner.add(prompt, GREEDY)
+    drain(runner)
+    assert late.found == 0 and late.tokens[21:] == alone(prompt, GREEDY) and all_free(runner)
+
+
 def test_swapping_keeps_to_its_memory_and_gives_it_back():
     runner = runner_of(12, n_rows=2, swap_bytes=6 * BLOCK, share=False, max_tokens=64)
     victims = [runner.add(list(range(n, n + 18)), GREEDY) for n in (0, 20)]  # five blocks each

@@ -1,0 +1,1 @@
+"""Project 28: an engine behind an OpenAI-compatible API."""

@@ -1,0 +1,123 @@
+"""
+Choices
+
+This file implements what is shown of a text while it is written following:
+- "Neural Machine Translation of Rare Words with Subword Units" (Sennrich et al., 2015) - tokens are pieces of words
+
+Each component is explained with paper references for educational purposes.
+"""
+
+import re
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from phase3_core_inference.project8_kv_cache.stopping import TextStream
+from phase3_core_inference.project8_kv_cache.texts import Piece
+from phase10_deployment.project28_serving.tools import ToolCall, ToolParser
+
+
+class TokenLogprob(NamedTuple):
+    """What is told of one token; its bytes may be no whole characters."""
+
+    spelled: bytes
+    logprob: float
+    top: list[tuple[bytes, float]]  # the likeliest ones, best first
+    offset: int  # characters of the text before it
+
+
+class Words(NamedTuple):
+    """What tokens mean."""
+
+    decode: Callable[[list[int]], str]
+    spelled: Sequence[bytes]  # the bytes of each token
+
+
+_HALVES = re.compile("[\ud800-\udfff]")
+
+
+def sendable(text: str) -> str:
+    r"""The text with U+FFFD for halves of surrogate pairs, which a model may spell, and UTF-8 cannot hold.
+
+    >>> sendable("a" + chr(0xD9A6) + "b") == "a\ufffdb"
+    True
+    """
+    return text if text.isascii() else _HALVES.sub("\ufffd", text)
+
+
+@dataclass
+class Delta:
+    """What some pieces add to a choice."""
+
+    text: str = ""
+    calls: list[ToolCall] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to show yet."""
+        return not (self.text or self.calls or self.logprobs or self.finish_reason)
+
+
+class Choice:
+    """One of the texts of an answer.
+
+    PAPER: "Neural Machine Translation of Rare Words with Subword Units", arXiv:1508.07909, section 3.2.
+    PAPER CONTEXT: a token is a piece of a word, here of its bytes: where tokens end and where characters end differ.
+    INTUITION: subtitles: what is known of a word is shown with the word, not before it.
+    IMPLEMENTATION: log-probabilities wait until the text of their token is shown, so that what stops a text is not
+        betrayed by them. Calls of tools are taken out of the text. A whole answer is the sum of its deltas.
+    WHY: a stream, put together, is the very answer that would have come in one piece.
+
+    Args:
+        index: of the choice; words: None if no log-probabilities are wanted; tools: whether the text may hold calls.
+    """
+
+    def __init__(self, index: int, words: Words | None = None, tools: bool = False):
+        self.index, self.words = index, words
+        self.parser = ToolParser() if tools else None
+        self.text, self.calls, self.logprobs = "", [], []
+        self.finish_reason: str | None = None
+        self.n_tokens = 0
+        self._told: deque[TokenLogprob] = deque()  # of tokens whose text is not shown yet
+        self._stream = TextStream(words.decode) if words else None
+        self._read = self._shown = 0  # characters of the tokens, and of what is shown
+
+    def take(self, piece: Piece) -> Delta:
+        """What a piece adds."""
+        self.n_tokens += 1
+        if piece.logprobs is not None and piece.token is not None and self.words:
+            self._tell(piece)
+        self._shown += len(piece.text)
+        text = sendable(piece.text)
+        delta = Delta(finish_reason=piece.finish_reason)
+        self._add(delta, self.parser.push(text) if self.parser else [text])
+        if piece.finish_reason and self.parser:
+            self._add(delta, self.parser.finish())
+        while self._told and (self._told[0].offset < self._shown or piece.finish_reason == "length"):
+            delta.logprobs.append(self._told.popleft())
+        if delta.finish_reason == "stop" and (self.calls or delta.calls):
+            delta.finish_reason = "tool_calls"
+        self.text += delta.text
+        self.calls += delta.calls
+        self.logprobs += delta.logprobs
+        self.finish_reason = delta.finish_reason
+        return delta
+
+    def _tell(self, piece: Piece) -> None:
+        spelled = self.words.spelled
+        top = [(spelled[token], logprob) for token, logprob in piece.logprobs.top]
+        before, self._read = self._read, self._read + len(self._stream.push(piece.token))
+        # What was half a character until now, and turned out to be none, comes with this token, but is not its own.
+        own = max(before, self._read - len(self.words.decode([piece.token])))
+        self._told.append(TokenLogprob(spelled[piece.token], piece.logprobs.chosen, top, own))
+
+    @staticmethod
+    def _add(delta: Delta, parts: list[str | ToolCall]) -> None:
+        for part in parts:
+            if isinstance(part, str):
+                delta.text += part
+            else:
+                delta.calls.append(part)

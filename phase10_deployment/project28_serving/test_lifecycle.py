@@ -1,0 +1,319 @@
+"""Clients that leave, engines that break, servers that are told to go: nothing is lost in silence, or stays behind."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+
+from common import ROOT, checkpoint
+from phase3_core_inference.project8_kv_cache.generation import SamplingParams, generate
+from phase10_deployment.project28_serving import client as client_module
+from phase10_deployment.project28_serving.client import EngineClient, UnavailableError
+from phase10_deployment.project28_serving.engine import Engine
+from phase10_deployment.project28_serving.worker import Ask
+
+TEXT = "/v1/completions"
+LONG_TEXT = {"prompt": "x", "max_tokens": 900, "ignore_eos": True, "temperature": 0}
+EMPTY = (0, 0, 0.0)
+
+
+class SlowEngine(Engine):
+    """An engine whose steps take so long that a test can act between two of them, and can be counted."""
+
+    n_steps = 0
+
+    def advance(self):
+        type(self).n_steps += 1
+        time.sleep(0.01)
+        return super().advance()
+
+
+def break_next_step(engine):
+    """As if a step had met an error of its device."""
+
+    def fail():
+        raise RuntimeError("the device is lost")
+
+    engine.advance = fail
+
+
+# -- clients that leave
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_blocks_within_a_step(serve, eventually, stream):
+    with serve(kind=SlowEngine) as server:
+
+        async def leave():
+            async with httpx.AsyncClient() as http:
+                asked = asyncio.ensure_future(http.post(server.url + TEXT, json=LONG_TEXT | {"stream": stream}))
+                while not server.client.gauges.running:
+                    await asyncio.sleep(0.002)
+                asked.cancel()
+
+        asyncio.run(leave())
+        eventually(lambda: not server.client.n_open)  # the server has noticed
+        before = SlowEngine.n_steps
+        eventually(lambda: server.client.gauges[:3] == EMPTY)
+        assert SlowEngine.n_steps - before <= 2  # the one that ran, and at most one that had been planned
+        metrics = httpx.get(f"{server.url}/metrics").text
+        assert 'vllm:request_success_total{finished_reason="abort",model_name="tiny"} 1.0' in metrics
+        assert 'vllm:num_requests_running{model_name="tiny"} 0.0' in metrics
+        assert 'vllm:kv_cache_usage_perc{model_name="tiny"} 0.0' in metrics
+
+
+def test_one_who_leaves_the_queue_takes_nobody_along(serve, eventually, model, tokenizer):
+    with serve(kind=SlowEngine, n_rows=1) as server:
+        body = {"prompt": "Once", "max_tokens": 30, "ignore_eos": True, "temperature": 0}
+        found = []
+        first = threading.Thread(target=lambda: found.append(httpx.post(server.url + TEXT, json=body, timeout=60)))
+        first.start()
+        eventually(lambda: server.client.gauges.running == 1)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(server.url + TEXT, json=body, timeout=0.1)
+        first.join()
+        expected = generate(model, tokenizer, "Once", SamplingParams(30, 0.0, stop_ids=())).text
+        assert found[0].json()["choices"][0]["text"] == expected
+        eventually(lambda: server.client.gauges[:3] == EMPTY)
+
+
+def test_sixty_four_streams_at_once(serve, eventually):
+    with serve(n_rows=16, max_tokens=64) as server:
+
+        async def ask(http, i):
+            body = {"prompt": f"Text {i}", "max_tokens": 12, "ignore_eos": True, "stream": True,
+                    "stream_options": {"include_usage": True}}  # fmt: skip
+            async with http.stream("POST", server.url + TEXT, json=body) as response:
+                lines = [line async for line in response.aiter_lines() if line]
+            return response.status_code, json.loads(lines[-2].removeprefix("data: "))["usage"]["completion_tokens"]
+
+        async def ask_all():
+            limits = httpx.Limits(max_connections=None)
+            async with httpx.AsyncClient(limits=limits, timeout=60) as http:
+                return await asyncio.gather(*(ask(http, i) for i in range(64)))
+
+        assert asyncio.run(ask_all()) == [(200, 12)] * 64
+        eventually(lambda: server.client.gauges[:3] == EMPTY)
+        metrics = httpx.get(f"{server.url}/metrics").text
+        counts = {"time_to_first_token_seconds": 64, "e2e_request_latency_seconds": 64,
+                  "request_queue_time_seconds": 64, "inter_token_latency_seconds": 64 * 11}  # fmt: skip
+        for name, count in counts.items():
+            assert f'vllm:{name}_count{{model_name="tiny"}} {count}.0' in metrics
+        assert f'vllm:generation_tokens_total{{model_name="tiny"}} {64 * 12}.0' in metrics
+        assert 'vllm:prompt_tokens_total{model_name="tiny"}' in metrics
+        assert 'http_requests_total{method="POST",path="/v1/completions",status="200"} 64.0' in metrics
+
+
+# -- engines that break
+
+
+def test_a_broken_engine_answers_everybody_and_comes_back(serve, eventually, monkeypatch, model, tokenizer):
+    monkeypatch.setattr(client_module, "PAUSE", 0.3)
+    with serve(kind=SlowEngine) as server:
+        found = {}
+
+        def ask(name, **more):
+            try:
+                answer = server.openai.completions.create(model="tiny", prompt="Once", max_tokens=500, **more)
+                found[name] = "".join(chunk.choices[0].text for chunk in answer) if more else answer
+            except openai.APIError as error:
+                found[name] = error
+
+        threads = [threading.Thread(target=ask, args=("whole",)),
+                   threading.Thread(target=ask, args=("stream",), kwargs={"stream": True})]  # fmt: skip
+        for thread in threads:
+            thread.start()
+        eventually(lambda: server.client.gauges.running == 2)
+        asyncio.run_coroutine_threadsafe(server.client.call(break_next_step), server.client._loop)
+        for thread in threads:
+            thread.join(20)
+        assert isinstance(found["whole"], openai.InternalServerError) and found["whole"].status_code == 503
+        assert isinstance(found["stream"], openai.APIError)
+        assert all("the engine broke" in str(error) for error in found.values())
+        assert "the device is lost" in server.client.reason  # which is for the log
+        health = httpx.get(f"{server.url}/health")
+        assert (health.status_code, health.json()["status"]) == (503, "restarting")
+        assert httpx.get(f"{server.url}/health/live").status_code == 200
+        assert httpx.post(server.url + TEXT, json={"prompt": "x"}).status_code == 503
+        eventually(lambda: httpx.get(f"{server.url}/health").status_code == 200)
+        answer = server.openai.completions.create(model="tiny", prompt="Once", max_tokens=9, temperature=0)
+        assert answer.choices[0].text == generate(model, tokenizer, "Once", SamplingParams(9, 0.0)).text
+        assert httpx.get(f"{server.url}/health").json()["restarts"] == 1
+
+
+def test_an_engine_that_breaks_again_and_again_is_given_up(build, eventually, monkeypatch):
+    monkeypatch.setattr(client_module, "PAUSE", 0.001)
+    built = []
+
+    def fragile():
+        built.append(build())
+        if len(built) > 1:
+            break_next_step(built[-1])
+        return built[-1]
+
+    async def wear_out():
+        client = EngineClient(fragile, process=False)
+        await client.start()
+        await client.ready()
+        await client.call(break_next_step)
+        for _ in range(20):
+            try:
+                await client.ready()
+            except UnavailableError:
+                break
+            async with asyncio.timeout(20):
+                with pytest.raises(UnavailableError, match="the engine broke"):
+                    async for _ in client.open([Ask([1, 2], SamplingParams(4))]):
+                        pass
+        assert client.state == client_module.BROKEN and len(built) == 1 + client_module.RESTARTS
+        await client.stop()
+
+    asyncio.run(wear_out())
+
+
+def test_an_engine_that_cannot_be_built_says_why():
+    def build():
+        raise ValueError("no such model: make one first")
+
+    async def start():
+        client = EngineClient(build, process=False)
+        await client.start()
+        with pytest.raises(UnavailableError, match="make one first"):
+            await client.ready()
+        await client.stop()
+
+    asyncio.run(start())
+
+
+def test_a_text_that_cannot_be_written_harms_nobody_else(serve, monkeypatch):
+    with serve() as server:
+
+        async def ask():
+            client = server.client
+            bad = Ask([1, 2], SamplingParams(4, logit_bias={10_000: 1.0}))  # the server would not let it pass
+            answers = client.open([Ask([1, 2], SamplingParams(4, 0.0))])
+            refused = client.open([bad])
+            with pytest.raises(client_module.RefusedError, match="logit_bias"):
+                async for _ in refused:
+                    pass
+            return sum([len(batch) async for batch in answers])
+
+        future = asyncio.run_coroutine_threadsafe(ask(), server.client._loop)
+        assert future.result(20) == 4
+
+
+def slow_call(engine):
+    """A call that takes as long as some steps."""
+    time.sleep(0.02)
+
+
+def test_calls_do_not_stop_texts(serve):
+    with serve() as server:
+        client, done = server.client, []
+
+        async def call_for_ever():
+            while not done:
+                await client.call(slow_call)
+
+        async def ask():
+            callers = [asyncio.ensure_future(call_for_ever()) for _ in range(3)]
+            async with asyncio.timeout(20):
+                async for batch in client.open([Ask([1, 2], SamplingParams(20, 0.0, stop_ids=()))]):
+                    done.extend(each for each in batch if each[1].finish_reason)
+            await asyncio.gather(*callers)
+
+        asyncio.run_coroutine_threadsafe(ask(), client._loop).result(30)
+        assert done
+
+
+# -- a server of its own
+
+
+@pytest.fixture(scope="module")
+def checkpoint_path(model, tokenizer, tmp_path_factory):
+    """The tiny model as a file."""
+    path = tmp_path_factory.mktemp("models") / "tiny.pt"
+    checkpoint.save(path, {
+        "iter": 0, "model_state_dict": model.state_dict(), "optimizer_state_dict": {}, "train_loss": 0.0,
+        "val_loss": 0.0, "config": {"kind": "transformer", "model": model.config.to_dict(), "settings": {}},
+        "tokenizer": tokenizer.to_dict(),
+    })  # fmt: skip
+    return path
+
+
+@pytest.fixture
+def script(checkpoint_path, eventually):
+    """Starts serve.py: (its process, its URL, what it has said)."""
+    started = []
+
+    def start(*flags, ready=True):
+        command = [sys.executable, str(ROOT / "phase10_deployment" / "project28_serving" / "serve.py"), "--port", "0",
+                   "--device", "cpu", "--checkpoint", str(checkpoint_path), *flags]  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        process = subprocess.Popen(command, **pipes, env=environment)
+        lines: list[str] = []
+        threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True).start()
+        started.append(process)
+        found = lambda: re.search(r"running on (http://\S+)", "".join(lines))  # noqa: E731
+        if ready:
+            eventually(lambda: found() or process.poll() is not None, 60)
+            eventually(lambda: any(line.startswith("ready") for line in lines), 60)
+        return process, found()[1] if ready else None, lines
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_the_script_serves_survives_a_killed_engine_and_drains(script, eventually):
+    process, url, lines = script("--drain_seconds", "30")
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    ask = {"model": "tiny", "prompt": "Once", "max_tokens": 20, "temperature": 0}
+    before = client.completions.create(**ask).choices[0].text
+    os.kill(int(re.search(r"; process (\d+)", "".join(lines))[1]), signal.SIGKILL)  # the engine
+    eventually(lambda: httpx.get(f"{url}/health").status_code == 503)
+    eventually(lambda: httpx.get(f"{url}/health").status_code == 200, 60)
+    assert client.completions.create(**ask).choices[0].text == before
+    with httpx.stream("POST", url + TEXT, json=LONG_TEXT | {"stream": True}) as stream:
+        read = stream.iter_lines()
+        next(read)
+        process.send_signal(signal.SIGTERM)
+        eventually(lambda: httpx.get(f"{url}/health").json()["status"] == "draining")
+        refused = httpx.post(url + TEXT, json={"prompt": "x"})
+        assert refused.status_code == 503 and refused.headers["retry-after"]
+        rest = [line for line in read if line]
+    assert rest[-1] == "data: [DONE]" and '"finish_reason":"length"' in rest[-2]
+    assert process.wait(20) == 0
+    assert any(line.startswith("draining: 1 ") for line in lines)
+
+
+def test_a_drain_that_takes_too_long_is_ended(script, eventually):
+    process, url, _ = script("--drain_seconds", "0.2")
+    with httpx.stream("POST", url + TEXT, json=LONG_TEXT | {"stream": True}) as stream:
+        read = stream.iter_lines()
+        next(read)
+        process.send_signal(signal.SIGTERM)
+        rest = [line for line in read if line]
+    assert "error" in rest[-1] or rest[-1] == "data: [DONE]"  # a quick machine may have finished
+    assert process.wait(20) == 0
+
+
+def test_a_model_that_is_not_there_ends_the_script_with_a_reason(script, tmp_path):
+    process, _, lines = script("--checkpoint", str(tmp_path / "none.pt"), ready=False)
+    assert process.wait(60) == 2
+    assert lines[-1].startswith("error: ") and "none.pt" in lines[-1]
+
+
+if __name__ == "__main__":
+    raise SystemExit(pytest.main([__file__]))
