@@ -300,6 +300,10 @@ class EngineClient:
         if number in self._texts:
             self._texts.pop(number)[0].fail(RefusedError(reason))
 
+    def _on_failed(self, number: int, kind: str) -> None:
+        if number in self._calls and not self._calls[number].done():
+            self._calls[number].set_exception(UnavailableError(f"the engine could not do this ({kind})"))
+
     def _on_result(self, number: int, value) -> None:
         if number in self._calls and not self._calls[number].done():
             self._calls[number].set_result(value)
@@ -327,6 +331,15 @@ class EngineClient:
         self._loop.call_later(PAUSE * 2 ** (self._crashes - 1), self._again)
 
     def _again(self) -> None:
+        if self.state == RESTARTING:
+            self._link = self._loop.create_task(self._replace(self.worker))
+
+    async def _replace(self, old) -> None:
+        """Start another worker once the old one is gone, and with it the memory of its device."""
+        await asyncio.to_thread(old.join, 10)
+        if self.process and old.is_alive():
+            old.kill()
+            await asyncio.to_thread(old.join, 10)
         if self.state == RESTARTING:
             self._spawn()
 

@@ -105,7 +105,7 @@ class Engine(Runner):
         self.template, self.source = template, "a model"
         self.adapters = AdapterRows(model, adapters, n_rows) if adapters else None
         super().__init__(model, tokenizer, n_rows, **options)
-        self._grammars: Grammars | None = None
+        self._grammars: Grammars | ValueError | None = None
 
     @property
     def adapter_names(self) -> list[str]:
@@ -115,10 +115,16 @@ class Engine(Runner):
     @property
     def grammars(self) -> Grammars:
         """What makes constraints; raises ValueError where the library is missing, or the tokens spell no JSON."""
+        if isinstance(self._grammars, ValueError):
+            raise self._grammars
         if self._grammars is None:
             own = {getattr(self.tokenizer, "eot_id", None)} - {None}
             ends = frozenset(self.template.stop_ids) if self.template else frozenset()
-            self._grammars = Grammars(self.tokenizer, ends | own, self.vocab_size())
+            try:
+                self._grammars = Grammars(self.tokenizer, ends | own, self.vocab_size())
+            except ValueError as error:
+                self._grammars = error  # it would take as long to find out again
+                raise
         return self._grammars
 
     def add(

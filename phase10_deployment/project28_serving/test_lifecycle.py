@@ -216,6 +216,20 @@ def slow_call(engine):
     time.sleep(0.02)
 
 
+def broken_call(engine):
+    """A call with a mistake of its own."""
+    return engine.no_such_thing
+
+
+def test_calls_that_fail_are_told_and_the_engine_goes_on(serve):
+    with serve() as server:
+        future = asyncio.run_coroutine_threadsafe(server.client.call(broken_call), server.client._loop)
+        with pytest.raises(UnavailableError, match="AttributeError"):
+            future.result(20)
+        assert server.openai.completions.create(model="tiny", prompt="x", max_tokens=2).choices[0].text is not None
+        assert server.client.n_restarts == 0
+
+
 def test_calls_do_not_stop_texts(serve):
     with serve() as server:
         client, done = server.client, []

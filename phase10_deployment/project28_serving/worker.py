@@ -61,6 +61,7 @@ class Card(NamedTuple):
 #                                      begun: [(number, seconds in the queue, tokens found in the cache)]
 #   ("refused", number, reason)        this text cannot be written
 #   ("result", number, value)          of a call
+#   ("failed", number, kind of error)  of a call, through no fault of its arguments
 #   ("broken", reason)                 the loop is over
 # What it is told:
 #   ("add", number, Ask)  ("abort", [numbers])  ("call", number, function, arguments)  ("stop",)
@@ -133,8 +134,11 @@ class Worker:
     def _call(self, number: int, function: Callable, arguments: tuple) -> None:
         try:
             self.wire.send(("result", number, function(self.engine, *arguments)))
-        except Exception as error:  # of this call alone: whoever called is told
-            self.wire.send(("refused", number, f"{type(error).__name__}: {error}"))
+        except ValueError as error:  # what the caller gave
+            self.wire.send(("refused", number, str(error)))
+        except Exception as error:  # of this call alone; a device that is lost will end the next step
+            traceback.print_exc()
+            self.wire.send(("failed", number, type(error).__name__))
 
     def tell(self, pieces: list) -> None:
         """Say what a step gave, and how things stand; nothing if nothing changed."""
