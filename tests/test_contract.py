@@ -53,6 +53,7 @@ PLUMBING = {
     "shutdown.py": "the life of a server process",
     "tracing.py": "the use of a library",
     "wire.py": "messages between two processes",
+    "options.py": "settings of scripts as options of engine and server",
     "agreement.py": "rules that a deployment's files must keep among each other",
     "manifests.py": "reading a deployment's files",
     "promql.py": "reading queries of dashboards",

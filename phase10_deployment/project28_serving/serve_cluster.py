@@ -14,7 +14,7 @@ import threading
 
 from common.run import Run
 from phase10_deployment.project28_serving import cluster_config
-from phase10_deployment.project28_serving.serve import engine_options, server_options
+from phase10_deployment.project28_serving.options import engine_options, server_options
 
 
 def main(argv=None):

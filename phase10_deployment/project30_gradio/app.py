@@ -10,14 +10,13 @@ Without --api_url the model runs in a process beside the page, and the API of pr
 """
 
 import contextlib
-import dataclasses
 import functools
 import os
 import socket
 from pathlib import Path
 
 from common.run import Run
-from phase1_foundation.project3_pretrain.loading import default_source
+from phase10_deployment.project28_serving.options import engine_options, server_options
 from phase10_deployment.project30_gradio import config
 
 
@@ -104,18 +103,13 @@ def serve_page(page, s, port):
 
 def serve_both(options, s, port, keys, said):
     """Serve the page, and the API beside it, over an engine in a process of its own."""
-    from phase10_deployment.project28_serving.asking import Limits
     from phase10_deployment.project28_serving.client import EngineClient
     from phase10_deployment.project28_serving.engine import build_engine
-    from phase10_deployment.project28_serving.gate import GateOptions
-    from phase10_deployment.project28_serving.server import ServerOptions, create_app
+    from phase10_deployment.project28_serving.server import create_app
     from phase10_deployment.project28_serving.shutdown import run_server
 
     client = EngineClient(functools.partial(build_engine, options))
-    gate = GateOptions(tuple(keys), s.MAX_BODY_KIB * 1024, s.MAX_PER_KEY)
-    name = s.MODEL_NAME or name_of(options.checkpoint)
-    limits = Limits(s.MAX_CHOICES, s.MAX_STOPS)
-    api = create_app(client, ServerOptions(name, s.MAX_WAITING, gate, limits, tuple(s.ORIGIN)))
+    api = create_app(client, server_options(s, options.checkpoint))
     url = f"http://{reachable(s.HOST)}:{port}/v1"
     app = beside(api, build_app(url, keys[0] if keys else None, client, s))
     run_server(app, s.HOST, port, s.DRAIN_SECONDS, s.LOG_LEVEL, said)
@@ -136,29 +130,6 @@ def beside(api, page):
     app.state.server = api.state.server
     app.add_middleware(Beside, api=api)
     return app
-
-
-def engine_options(s):
-    """What the engine is made of: the settings by their names, but for those that count in other units."""
-    from phase10_deployment.project28_serving.engine import EngineOptions
-
-    names = [field.name for field in dataclasses.fields(EngineOptions)]
-    values = {name: getattr(s, name.upper()) for name in names if hasattr(s, name.upper())}
-    memory = None if s.KV_CACHE_MEMORY is None else int(s.KV_CACHE_MEMORY * 2**20)
-    return EngineOptions(**values | {
-        "checkpoint": str(s.CHECKPOINT or default_source()), "device": str(s.DEVICE), "use": tuple(s.USE),
-        "adapters": config.BASE_CONFIG.adapters_of(s), "kv_cache_memory": memory, "swap_bytes": int(s.SWAP_MIB * 2**20),
-    })  # fmt: skip
-
-
-def name_of(source):
-    """What a model is called: the folder of a checkpoint, the folder or repository of others.
-
-    >>> name_of("checkpoints/speedrun/dpo/best.pt"), name_of("org/name")
-    ('dpo', 'org/name')
-    """
-    path = Path(source)
-    return path.parent.name if path.suffix == ".pt" else path.name if path.is_dir() else str(source)
 
 
 def reachable(host):
