@@ -10,7 +10,7 @@ Each component is explained with paper references for educational purposes.
 import re
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from phase3_core_inference.project8_kv_cache.stopping import TextStream
@@ -46,14 +46,14 @@ def sendable(text: str) -> str:
     return text if text.isascii() else _HALVES.sub("\ufffd", text)
 
 
-@dataclass
+@dataclass(slots=True)
 class Delta:
     """What some pieces add to a choice."""
 
     text: str = ""
-    calls: list[ToolCall] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
+    calls: Sequence[ToolCall] = ()
+    logprobs: Sequence[TokenLogprob] = ()
 
     @property
     def empty(self) -> bool:
@@ -91,20 +91,31 @@ class Choice:
         if piece.logprobs is not None and piece.token is not None and self.words:
             self._tell(piece)
         self._shown += len(piece.text)
-        text = sendable(piece.text)
-        delta = Delta(finish_reason=piece.finish_reason)
-        self._add(delta, self.parser.push(text) if self.parser else [text])
-        if piece.finish_reason and self.parser:
-            self._add(delta, self.parser.finish())
-        while self._told and (self._told[0].offset < self._shown or piece.finish_reason == "length"):
-            delta.logprobs.append(self._told.popleft())
-        if delta.finish_reason == "stop" and (self.calls or delta.calls):
-            delta.finish_reason = "tool_calls"
+        delta = Delta(sendable(piece.text), piece.finish_reason)
+        if self.parser:
+            self._parse(delta)
+        if self._told:
+            delta.logprobs = self._tellable(piece.finish_reason == "length")
+            self.logprobs += delta.logprobs
         self.text += delta.text
-        self.calls += delta.calls
-        self.logprobs += delta.logprobs
         self.finish_reason = delta.finish_reason
         return delta
+
+    def _parse(self, delta: Delta) -> None:
+        """Take calls of tools out of the text."""
+        parts = self.parser.push(delta.text) + (self.parser.finish() if delta.finish_reason else [])
+        delta.text = "".join(part for part in parts if isinstance(part, str))
+        delta.calls = [part for part in parts if not isinstance(part, str)]
+        self.calls += delta.calls
+        if delta.finish_reason == "stop" and self.calls:
+            delta.finish_reason = "tool_calls"
+
+    def _tellable(self, all_of_them: bool) -> list[TokenLogprob]:
+        """What may be told now of tokens: of those whose text is shown."""
+        told = []
+        while self._told and (all_of_them or self._told[0].offset < self._shown):
+            told.append(self._told.popleft())
+        return told
 
     def _tell(self, piece: Piece) -> None:
         spelled = self.words.spelled
@@ -113,11 +124,3 @@ class Choice:
         # What was half a character until now, and turned out to be none, comes with this token, but is not its own.
         own = max(before, self._read - len(self.words.decode([piece.token])))
         self._told.append(TokenLogprob(spelled[piece.token], piece.logprobs.chosen, top, own))
-
-    @staticmethod
-    def _add(delta: Delta, parts: list[str | ToolCall]) -> None:
-        for part in parts:
-            if isinstance(part, str):
-                delta.text += part
-            else:
-                delta.calls.append(part)

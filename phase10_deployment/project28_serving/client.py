@@ -75,32 +75,51 @@ class Answers:
         is slow gets the same text in fewer helpings; what can pile up is bounded by the length of the texts.
     WHY: neither the engine nor another user waits for a slow connection.
 
+    Args:
+        asks: what was asked for; whole: wake the reader when all is there, and no sooner.
+
     Raises UnavailableError where the engine broke, and RefusedError where a text cannot be written.
     """
 
-    def __init__(self, asks: Sequence[Ask]):
-        self.asks, self.left = list(asks), len(asks)
+    def __init__(self, asks: Sequence[Ask], whole: bool = False):
+        self.whole = whole
+        self.asks, self.left, self.untaken = list(asks), len(asks), len(asks)
         self.found = [0] * len(asks)  # tokens of each prompt that lay in the cache already
         self.began, self.clocks = time.monotonic(), [Clock() for _ in asks]
         self._waiting: deque[tuple[int, Piece]] = deque()
         self._error: Exception | None = None
         self._news = asyncio.Event()
 
+    def take(self) -> None:
+        """One of the texts is queued."""
+        self.untaken -= 1
+        self._news.set()
+
     def put(self, place: int, piece: Piece) -> None:
         """A piece has come for one of the texts."""
         self._waiting.append((place, piece))
         self.left -= piece.finish_reason is not None
-        self._news.set()
+        if not (self.whole and self.left):
+            self._news.set()
 
     def fail(self, error: Exception) -> None:
         """Nothing will come any more."""
         self._error = self._error or error
         self._news.set()
 
-    async def __aiter__(self) -> AsyncIterator[list[tuple[int, Piece]]]:
-        while self.left or self._waiting:
+    async def taken(self) -> None:
+        """Wait until all texts are queued, which takes a step at most: then they will be written."""
+        while self.untaken and not self._error:
             await self._news.wait()
             self._news.clear()
+        if self._error:
+            raise self._error
+
+    async def __aiter__(self) -> AsyncIterator[list[tuple[int, Piece]]]:
+        while self.left or self._waiting:
+            while (self.left if self.whole else not self._waiting) and not self._error:
+                await self._news.wait()
+                self._news.clear()
             pieces = list(self._waiting)
             self._waiting.clear()
             if pieces:
@@ -171,11 +190,11 @@ class EngineClient:
                 f"of keys and values ({card.kv_bytes / 2**20:,.0f} MiB), {card.n_rows} texts at a time of up to "
                 f"{card.room:,} tokens; process {card.pid}")  # fmt: skip
 
-    def open(self, asks: Sequence[Ask]) -> Answers:
-        """Ask for some texts; raises UnavailableError. Whoever opens must `close`."""
+    def open(self, asks: Sequence[Ask], whole: bool = False) -> Answers:
+        """Ask for some texts; raises UnavailableError. Whoever opens must `close`. whole: see Answers."""
         if self.state != READY:
             raise UnavailableError(f"the engine is {self.state}: try again later")
-        answers = Answers(asks)
+        answers = Answers(asks, whole)
         for place, ask in enumerate(asks):
             number = next(self._numbers)
             self._texts[number] = (answers, place)
@@ -270,6 +289,11 @@ class EngineClient:
                 self._set(READY)
 
         warm.add_done_callback(done)
+
+    def _on_taken(self, numbers: list[int]) -> None:
+        for number in numbers:
+            if number in self._texts:
+                self._texts[number][0].take()
 
     def _on_step(self, pieces: list[tuple], begun: list[tuple], gauges: Gauges) -> None:
         self.gauges = gauges

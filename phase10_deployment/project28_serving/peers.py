@@ -13,7 +13,6 @@ Each component is explained with paper references for educational purposes.
 """
 
 import contextlib
-import http.client
 import json
 import os
 import shlex
@@ -96,9 +95,11 @@ class Served:
         with urllib.request.urlopen(f"{self.url}/health", timeout=10) as response:
             return json.load(response)
 
-    def connect(self) -> http.client.HTTPConnection:
-        """A connection that is kept, of the standard library: the lightest client there is."""
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=STARTING)
+    def connect(self) -> socket.socket:
+        """A connection that is kept: the lightest client there is."""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=STARTING)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connection
 
     def said(self) -> str:
         """The end of its output."""

@@ -98,45 +98,41 @@ class Server:
             self._asking = Asking(card, self.options.name, self.options.limits)
         return self._asking
 
-    def open(self, asks: Sequence[Ask]) -> Answers:
+    def open(self, asks: Sequence[Ask], whole: bool) -> Answers:
         """Queue texts; raises ApiError 429 where the queue is full, 503 without an engine."""
         room = self.client.card.n_rows + self.options.max_waiting
         if self.client.n_open + len(asks) > room:
             raise too_many(f"{self.client.n_open} texts are being written or wait: try again later", "queue_full")
-        return self.client.open(asks)
+        return self.client.open(asks, whole)
 
     # -- texts, whole or in pieces
 
     async def respond(self, request: Request, asks: list[Ask], shape, choices: list[Choice], stream: bool, usage: bool):
         """Answer with texts: a stream of events, or one object."""
-        answers = self.open(asks)
+        answers = self.open(asks, whole=not stream)
         try:
-            pieces = aiter(answers)
-            first = await while_connected(request, anext(pieces))  # what is refused is refused before a stream begins
+            await answers.taken()  # what is refused is refused before a stream begins
         except BaseException:
             self.client.close(answers)
             raise
-        batches = _chain(first, pieces)
         if stream:
-            return EventStream(self._events(answers, batches, shape, choices, usage))
+            return EventStream(self._events(answers, shape, choices, usage))
         try:
-            await while_connected(request, self._collect(batches, choices))
+            await while_connected(request, self._collect(answers, choices))
         finally:
             self.client.close(answers)
         return JSONResponse(shape.whole(choices, self._usage(answers, choices)))
 
-    async def _collect(self, batches, choices: list[Choice]) -> None:
-        async for batch in batches:
+    async def _collect(self, answers: Answers, choices: list[Choice]) -> None:
+        async for batch in answers:
             for place, piece in batch:
                 choices[place].take(piece)
 
-    async def _events(
-        self, answers: Answers, batches, shape, choices: list[Choice], usage: bool
-    ) -> AsyncIterator[bytes]:
+    async def _events(self, answers: Answers, shape, choices: list[Choice], usage: bool) -> AsyncIterator[bytes]:
         """The events of a stream, those that came together in one piece."""
         try:
             opened: set[int] = set()
-            async for batch in batches:
+            async for batch in answers:
                 events = []
                 for place, piece in batch:
                     if place not in opened and (opening := shape.opening(place)):
@@ -333,13 +329,6 @@ async def _translate(request: Request, error: Exception) -> Response:
 def translated(error: Exception) -> ApiError:
     """What a client is told of an engine that cannot, or will not."""
     return unavailable(str(error)) if isinstance(error, UnavailableError) else bad_request(str(error))
-
-
-async def _chain(first, rest):
-    """An iterator whose first element has been taken."""
-    yield first
-    async for each in rest:
-        yield each
 
 
 def _streaming(body: Sampling) -> tuple[bool, bool]:

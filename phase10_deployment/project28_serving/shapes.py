@@ -5,11 +5,12 @@ This file implements the objects in which OpenAI's interface answers: whole, or 
 own; what is in the objects comes from choices.py.
 """
 
-import json
 import time
 import uuid
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+from pydantic_core import to_json
 
 from phase10_deployment.project28_serving.choices import Choice, Delta, TokenLogprob
 from phase10_deployment.project28_serving.tools import ToolCall
@@ -147,7 +148,7 @@ def _named(spelled: bytes) -> str:
 
 def event(body: dict) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + to_json(body) + b"\n\n"
 
 
 DONE = b"data: [DONE]\n\n"

@@ -6,6 +6,7 @@ when it is asked to go it finishes what it has accepted.
 """
 
 import asyncio
+import gc
 from collections.abc import Callable
 
 import uvicorn
@@ -68,6 +69,7 @@ class PatientServer(uvicorn.Server):
                 await client.ready()
             except UnavailableError:
                 break
+            gc.freeze()  # modules and tokenizer stay: to look for garbage among them would stop all streams for 0.1 s
             self.said(f"ready{f' again, after {told} restarts' if told else ''}: {client.described}")
             told = await client.lost()
             if client.reason and client.state not in (CLOSED, READY):
@@ -85,7 +87,10 @@ def run_server(
     """
     config = uvicorn.Config(app, host, port, log_level=log_level, timeout_graceful_shutdown=5)
     server = PatientServer(config, app, patience, said)
-    server.run()
+    try:
+        server.run()
+    finally:
+        gc.unfreeze()  # libraries complain of what is left at the end
     client = app.state.server.client
     if client.state == BROKEN or client.failure:
         raise ValueError(client.failure or client.reason)

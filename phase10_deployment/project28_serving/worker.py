@@ -9,6 +9,7 @@ Each component is explained with paper references for educational purposes.
 """
 
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -57,6 +58,7 @@ class Card(NamedTuple):
 
 # What a worker says, each a tuple of plain values.
 #   ("ready", Card)
+#   ("taken", [numbers])               these texts are queued
 #   ("step", pieces, begun, Gauges)    pieces: [(number, text, token, finish_reason, logprobs)]
 #                                      begun: [(number, seconds in the queue, tokens found in the cache)]
 #   ("refused", number, reason)        this text cannot be written
@@ -95,6 +97,7 @@ class Worker:
         self.engine, self.wire = engine, wire
         self._texts: dict[int, _Text] = {}  # by the request's index
         self._indices: dict[int, int] = {}  # number -> index
+        self._taken: list[int] = []  # of which nothing was said yet
         self._told: Gauges | None = None
 
     def run(self) -> None:
@@ -109,6 +112,9 @@ class Worker:
                     break
                 if not engine.busy and not wire.poll(wait=False):
                     self.tell([])
+            if self._taken:  # said before the step, so that an answer can be begun during it
+                wire.send(("taken", self._taken))
+                self._taken = []
             self.tell(engine.step())
 
     def obey(self, kind: str, values: list) -> bool:
@@ -125,6 +131,7 @@ class Worker:
             self.wire.send(("refused", number, str(error)))
             return
         self._texts[request.index], self._indices[number] = _Text(number, request), request.index
+        self._taken.append(number)
 
     def _abort(self, numbers: list[int]) -> None:
         for number in numbers:
@@ -171,12 +178,14 @@ def work(end: socket.socket, build: Callable[[], Engine]) -> None:
 
     Whatever goes wrong is said through the wire as its last message. end: of `socket.socketpair`.
     """
-    wire = Wire(end)
-    if threading.current_thread() is threading.main_thread():  # a process of its own: its parent decides when to end
+    wire, alone = Wire(end), threading.current_thread() is threading.main_thread()
+    if alone:  # a process of its own: its parent decides when to end
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
     try:
         engine = build()
+        if alone:
+            gc.freeze()  # what has been loaded will stay: to look for garbage in it takes longer than a step
         wire.send(("ready", card_of(engine)))
         Worker(engine, wire).run()
     except (EOFError, ConnectionError):

@@ -149,6 +149,7 @@ class RadixCache:
         self.root = _Node(packed(()), None, None)
         self.statistics, self.nbytes, self.n_tokens = Statistics(), 0, 0
         self._clock = itertools.count(1)
+        self._leaves: list[tuple[int, int, _Node]] = []  # a heap by last use; what stands there may be out of date
 
     def match(self, tokens: Sequence[int], counted: bool = True) -> Match:
         """The longest known beginning, in whole pages; hold it as long as its spans are used.
@@ -222,6 +223,7 @@ class RadixCache:
                 raise ValueError(f"the span for {len(child.tokens)} tokens is for {len(child.span)}")
             node.children[self._key(child.tokens)] = node = child
             self._count(child, 1)
+            self._queue(child)
             self.statistics.inserted += len(child.tokens)
         for each in node.path():
             each.touched = now
@@ -250,19 +252,29 @@ class RadixCache:
         PAPER: "SGLang: Efficient Execution of Structured Language Model Programs", arXiv:2312.07104, section 3.
         PAPER CONTEXT: the least recently used leaf is evicted first, then its parent when that has become a leaf.
         INTUITION: prune the twigs that nobody has looked at for longest.
-        IMPLEMENTATION: leaves in a heap by their last use. Of the last one only the end goes, as many pages as needed:
-            what is shared longest lies at its beginning.
-        WHY: a beginning is of use without its continuation, never the other way round.
+        IMPLEMENTATION: a heap of leaves by last use, which is mended where it is read: a leaf that was used since goes
+            in again. Of the last one only the end goes, as its beginning is what is shared longest.
+        WHY: a full cache evicts in every step, so that a walk through the whole tree would cost more than the model.
         """
-        freed, leaves = 0, [(n.touched, id(n), n) for n in self._nodes() if not n.children and not n.holders]
-        heapq.heapify(leaves)
-        while freed < nbytes and leaves:
-            node = heapq.heappop(leaves)[-1]
-            freed += self._shorten(node, nbytes - freed)
-            parent = node.parent
-            if not node.span and parent is not self.root and not parent.children and not parent.holders:
-                heapq.heappush(leaves, (parent.touched, id(parent), parent))
+        freed, held = 0, []
+        while freed < nbytes and self._leaves:
+            touched, _, node = heapq.heappop(self._leaves)
+            if node.span is None or node.children:
+                continue  # it is gone, or no leaf any more
+            if node.holders:
+                held.append(node)
+            elif node.touched > touched:
+                self._queue(node)
+            else:
+                freed += self._shorten(node, nbytes - freed)
+                self._queue(node.parent if node.span is None else node)
+        for node in held:
+            self._queue(node)
         return freed
+
+    def _queue(self, node: _Node) -> None:
+        """Let a node that is or may be a leaf be found by `evict`."""
+        heapq.heappush(self._leaves, (node.touched, id(node), node))
 
     def _shorten(self, leaf: _Node, nbytes: int) -> int:
         """Drop the end of a leaf, or all of it; returns the bytes."""

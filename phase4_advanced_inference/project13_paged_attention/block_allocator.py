@@ -63,30 +63,29 @@ class BlockAllocator:
 
     def share(self, blocks: Sequence[int]) -> None:
         """One owner more for each of these."""
-        owners = self._counted(blocks)
-        self._check(owners, np.minimum(owners, 1))
-        self.counts += owners
+        numbers, owners = self._counted(blocks)
+        self._check(numbers, owners, np.ones_like(owners))
+        self.counts[numbers] += owners
 
     def release(self, blocks: Sequence[int]) -> None:
         """One owner less for each of these; blocks without owners are free."""
-        owners = self._counted(blocks)
-        self._check(owners, owners)
-        self.counts -= owners
+        numbers, owners = self._counted(blocks)
+        self._check(numbers, owners, owners)
+        self.counts[numbers] -= owners
         self._free += [block for block in dict.fromkeys(blocks) if not self.counts[block]]
 
-    def _counted(self, blocks: Sequence[int]) -> np.ndarray:
-        """How often each block stands there: one count for all, as a long text has hundreds."""
-        numbers = np.array(blocks, dtype=np.int64)
-        unknown = numbers[(numbers < 0) | (numbers >= self.n_blocks)]
-        if len(unknown):
-            raise ValueError(self._refusal(int(unknown[0]), 1))
-        return np.bincount(numbers, minlength=self.n_blocks).astype(np.int32)
+    def _counted(self, blocks: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The different blocks among these, and how often each stands there: (k,) and (k,)."""
+        numbers, owners = np.unique(np.array(blocks, dtype=np.int64), return_counts=True)
+        if len(numbers) and (numbers[0] < 0 or numbers[-1] >= self.n_blocks):
+            raise ValueError(self._refusal(int(numbers[0] if numbers[0] < 0 else numbers[-1]), 1))
+        return numbers, owners.astype(np.int32)
 
-    def _check(self, owners: np.ndarray, needed: np.ndarray) -> None:
+    def _check(self, numbers: np.ndarray, owners: np.ndarray, needed: np.ndarray) -> None:
         """Raise ValueError for a block that has fewer owners than are needed."""
-        wrong = needed > self.counts
+        wrong = needed > self.counts[numbers]
         if wrong.any():
-            raise ValueError(self._refusal(int(wrong.argmax()), int(owners[wrong.argmax()])))
+            raise ValueError(self._refusal(int(numbers[wrong.argmax()]), int(owners[wrong.argmax()])))
 
     def _refusal(self, block: int, n: int) -> str:
         return (f"block {block} is free, or none of the {self.n_blocks}, or has not {n} owners: it is nobody's to "

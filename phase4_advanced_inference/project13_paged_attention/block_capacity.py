@@ -18,6 +18,8 @@ from phase4_advanced_inference.project10_prompt_caching.prefix_cache import Radi
 from phase4_advanced_inference.project12_dynamic_batching.request import Request
 from phase4_advanced_inference.project13_paged_attention.paged_cache import PagedCache, Swapped
 
+HELPING = 256  # the tree gives back at least this part of all blocks at a time: 1/256
+
 
 class BlockSpan:
     """Some blocks in a row, as a `Span` of the tree: a reference to each, and nothing copied.
@@ -136,7 +138,7 @@ class Blocks:
         if missing > self.cache.allocator.n_free:
             if missing > self.available:
                 return False
-            self._evict(missing)
+            self._evict(max(missing, self.cache.allocator.n_blocks // HELPING))  # some rows more will ask in this step
         self.cache.reserve(request.row, n)
         if request.reading and self.tree is not None:
             self._grown.append(request)
