@@ -60,6 +60,14 @@ def op(name, reference, mutates=(), fake=None, opaque=False):
     return register
 
 
+def plain(x):
+    """Whether an operator over this tensor would only run its reference, for no compiler.
+
+    An operator's first call loads PyTorch's compiler, for seconds: who finds this true calls the reference itself.
+    """
+    return not (x.is_cuda or interpreting() or torch.compiler.is_compiling())
+
+
 def launch(kernel):
     """Wrap a ``@triton.jit`` kernel for a launch inside an `op`: ``launch(kernel)[grid](...)``."""
     return kernel if interpreting() else torch.library.wrap_triton(kernel)

@@ -10,7 +10,6 @@ Each component is explained with paper references for educational purposes.
 """
 
 import asyncio
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -28,7 +27,7 @@ from phase10_deployment.project28_serving.protocol import ChatRequest, Completio
 from phase10_deployment.project28_serving.tools import plain_messages, tool_grammar
 from phase10_deployment.project28_serving.worker import Ask, Card
 
-LONG = 20_000  # characters, from which on a text is encoded in a thread, so that others need not wait
+LONG = 20_000  # characters, from which on texts are encoded in a thread, so that others need not wait
 
 
 @dataclass(frozen=True)
@@ -59,16 +58,22 @@ class Asking:
         self.card, self.name, self.limits = card, name, limits or Limits()
         self.tokenizer = card.tokenizer
         self.template = template_for(card.tokenizer, card.source)
+        self._words: Words | None = None
 
     @property
     def models(self) -> list[str]:
         """The names that a request may give: the model's, and its adapters'."""
         return [self.name, *self.card.adapters]
 
-    @functools.cached_property
-    def words(self) -> Words:
-        """What tokens mean."""
-        return Words(self.tokenizer.decode, bytes_of_tokens(self.tokenizer)[0])
+    async def words(self) -> Words:
+        """What tokens mean; raises ApiError where this tokenizer does not say it."""
+        if self._words is None:
+            try:
+                spelled, _ = await asyncio.to_thread(bytes_of_tokens, self.tokenizer)
+            except ValueError as error:
+                raise bad_request(f"logprobs: {error}", "logprobs", "invalid_value") from error
+            self._words = Words(self.tokenizer.decode, spelled)
+        return self._words
 
     def adapter(self, model: str | None) -> str | None:
         """The adapter that a model's name stands for; raises ApiError 404 for a name that is none."""
@@ -87,12 +92,14 @@ class Asking:
         """The text of some tokens, as it can be sent."""
         return sendable(self.tokenizer.decode(tokens))
 
-    async def encode(self, text: str, field: str) -> list[int]:
-        """The tokens of a text; raises ApiError for one that this vocabulary cannot spell."""
+    async def encode(self, texts: Sequence[str], field: str) -> list[list[int]]:
+        """The tokens of some texts; raises ApiError for one that this vocabulary cannot spell."""
+
+        def encoded() -> list[list[int]]:
+            return [list(self.tokenizer.encode(text)) for text in texts]
+
         try:
-            if len(text) > LONG:
-                return list(await asyncio.to_thread(self.tokenizer.encode, text))
-            return list(self.tokenizer.encode(text))
+            return await asyncio.to_thread(encoded) if sum(map(len, texts)) > LONG else encoded()
         except (ValueError, TypeError) as error:
             raise bad_request(f"{field}: {error}", field, "invalid_value") from error
 
@@ -115,7 +122,8 @@ class Asking:
             raise bad_request(f"{field} is an empty list: give a text, or token ids", field, "invalid_value")
         if len(many) > most:
             raise bad_request(f"{field} holds {len(many)} texts: at most {most} at a time", field, "too_many_texts")
-        return [self.checked(await self.encode(each, field) if isinstance(each, str) else each, field) for each in many]
+        encoded = iter(await self.encode([each for each in many if isinstance(each, str)], field))
+        return [self.checked(next(encoded) if isinstance(each, str) else each, field) for each in many]
 
     def checked(self, tokens: list[int], field: str) -> list[int]:
         """The same tokens, if the model can go on from there; an empty text begins a document."""

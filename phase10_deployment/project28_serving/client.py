@@ -14,29 +14,29 @@ import multiprocessing
 import socket
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from phase3_core_inference.project8_kv_cache.texts import Piece
+from phase10_deployment.project28_serving.answers import Answers, RefusedError, UnavailableError
 from phase10_deployment.project28_serving.engine import Engine, Gauges
 from phase10_deployment.project28_serving.wire import Ear, framed, wire_ends
 from phase10_deployment.project28_serving.worker import FAILED, Ask, Card, work
 
 LOADING, READY, RESTARTING, BROKEN, CLOSED = "loading", "ready", "restarting", "broken", "closed"
 RESTARTS = 5  # in a row, without a text written in between; then the engine is given up
+SILENCE = 300.0  # seconds without a word while texts are open, after which an engine is taken to be stuck
 PAUSE = 0.5  # seconds before the first restart; each further one waits twice as long
 
 
 class Listener(Protocol):
     """Who wants to know what happens to texts: metrics.py."""
 
-    def begun(self, answers: "Answers", place: int, seconds: float) -> None:
+    def begun(self, answers: Answers, place: int, seconds: float) -> None:
         """A text has got its first step, after so long a wait."""
         ...
 
-    def piece(self, answers: "Answers", place: int, piece: Piece) -> None:
+    def piece(self, answers: Answers, place: int, piece: Piece) -> None:
         """A token has come."""
         ...
 
@@ -48,84 +48,13 @@ class Listener(Protocol):
         """So many texts were called off."""
         ...
 
+    def failed(self, n: int) -> None:
+        """So many texts could not be written to their end."""
+        ...
 
-class UnavailableError(Exception):
-    """There is no engine that could answer now; the message says why."""
-
-
-class RefusedError(ValueError):
-    """The engine cannot write this text; the message says why."""
-
-
-@dataclass
-class Clock:
-    """When a text got its newest token, and how many it has: for metrics."""
-
-    last: float = 0.0
-    n_tokens: int = 0
-
-
-class Answers:
-    """What becomes of some texts that were asked for together.
-
-    PAPER: "Clipper: A Low-Latency Online Prediction Serving System", arXiv:1612.03079, section 4.3.
-    PAPER CONTEXT: a frontend must bound what it waits for, and what waits for it.
-    INTUITION: a letterbox: whoever comes rarely finds more letters, and the postman never waits.
-    IMPLEMENTATION: iterating gives all pieces that have come since, at least one: [(which text, Piece)]. A reader that
-        is slow gets the same text in fewer helpings; what can pile up is bounded by the length of the texts.
-    WHY: neither the engine nor another user waits for a slow connection.
-
-    Args:
-        asks: what was asked for; whole: wake the reader when all is there, and no sooner.
-
-    Raises UnavailableError where the engine broke, and RefusedError where a text cannot be written.
-    """
-
-    def __init__(self, asks: Sequence[Ask], whole: bool = False):
-        self.whole = whole
-        self.asks, self.left, self.untaken = list(asks), len(asks), len(asks)
-        self.found = [0] * len(asks)  # tokens of each prompt that lay in the cache already
-        self.began, self.clocks = time.monotonic(), [Clock() for _ in asks]
-        self._waiting: deque[tuple[int, Piece]] = deque()
-        self._error: Exception | None = None
-        self._news = asyncio.Event()
-
-    def take(self) -> None:
-        """One of the texts is queued."""
-        self.untaken -= 1
-        self._news.set()
-
-    def put(self, place: int, piece: Piece) -> None:
-        """A piece has come for one of the texts."""
-        self._waiting.append((place, piece))
-        self.left -= piece.finish_reason is not None
-        if not (self.whole and self.left):
-            self._news.set()
-
-    def fail(self, error: Exception) -> None:
-        """Nothing will come any more."""
-        self._error = self._error or error
-        self._news.set()
-
-    async def taken(self) -> None:
-        """Wait until all texts are queued, which takes a step at most: then they will be written."""
-        while self.untaken and not self._error:
-            await self._news.wait()
-            self._news.clear()
-        if self._error:
-            raise self._error
-
-    async def __aiter__(self) -> AsyncIterator[list[tuple[int, Piece]]]:
-        while self.left or self._waiting:
-            while (self.left if self.whole else not self._waiting) and not self._error:
-                await self._news.wait()
-                self._news.clear()
-            pieces = list(self._waiting)
-            self._waiting.clear()
-            if pieces:
-                yield pieces
-            if self._error:
-                raise self._error
+    def lost(self, gauges: Gauges) -> None:
+        """The engine is gone; this was the last that it said of itself."""
+        ...
 
 
 class EngineClient:
@@ -136,18 +65,25 @@ class EngineClient:
         replaced or replicated, and the others go on.
     INTUITION: the waiter stays in the dining room whatever happens in the kitchen, and says so if it burns.
     IMPLEMENTATION: the event loop reads and writes one end of a wire, and never waits for the engine. When the worker
-        ends unasked, all who wait get an error, and another one is started after a pause.
+        ends unasked, all who wait get an error, and another one is started after a pause; one that is silent for too
+        long while texts are open is ended.
     WHY: a process has its own interpreter lock, so that serving sockets does not slow the engine down; and a GPU that
         has raised an error is lost for its process, but not for the next.
 
     Args:
         build: makes the engine, there; for a process it must be picklable.
         process: False: a thread of this process, for tests and for small models.
-        listener: who is told what happens to texts; may be set later.
+        listener: who is told what happens to texts; may be set later. silence: seconds, see above.
     """
 
-    def __init__(self, build: Callable[[], Engine], process: bool = True, listener: Listener | None = None):
-        self.build, self.process, self.listener = build, process, listener
+    def __init__(
+        self,
+        build: Callable[[], Engine],
+        process: bool = True,
+        listener: Listener | None = None,
+        silence: float = SILENCE,
+    ):
+        self.build, self.process, self.listener, self.silence = build, process, listener, silence
         self.state, self.reason = LOADING, ""
         self.failure = ""  # why the engine was given up
         self.card: Card | None = None
@@ -158,6 +94,8 @@ class EngineClient:
         self._numbers, self._crashes = itertools.count(), 0
         self._transport: asyncio.Transport | None = None
         self._link: asyncio.Task | None = None  # reads what the worker says
+        self._watch: asyncio.Task | None = None
+        self._heard = 0.0  # when it last said something, or was first asked
         self._changed: asyncio.Event | None = None
 
     # -- from the outside
@@ -166,6 +104,8 @@ class EngineClient:
         """Start the worker; returns at once, `ready` waits."""
         self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
         self._spawn()
+        if self.process:
+            self._watch = self._loop.create_task(self._watch_over())
 
     async def ready(self) -> None:
         """Wait until requests are served; raises UnavailableError if that will not be."""
@@ -195,6 +135,7 @@ class EngineClient:
         if self.state != READY:
             raise UnavailableError(f"the engine is {self.state}: try again later")
         answers = Answers(asks, whole)
+        self._ask()
         for place, ask in enumerate(asks):
             number = next(self._numbers)
             self._texts[number] = (answers, place)
@@ -216,6 +157,7 @@ class EngineClient:
         if self.state != READY:
             raise UnavailableError(f"the engine is {self.state}: try again later")
         number, future = next(self._numbers), self._loop.create_future()
+        self._ask()
         self._calls[number] = future
         self._tell(("call", number, function, arguments))
         try:
@@ -233,6 +175,8 @@ class EngineClient:
         if self.state == CLOSED:
             return
         loading = self.state in (LOADING, RESTARTING)
+        if self._watch is not None:
+            self._watch.cancel()
         self._set(CLOSED, "the server is shutting down")
         self._tell(("stop",))
         if self.worker is not None and self.process:
@@ -263,6 +207,7 @@ class EngineClient:
         over, said = asyncio.Event(), []
 
         def heard(message: tuple) -> None:
+            self._heard = time.monotonic()
             kind, *values = message
             if kind == "broken":
                 said[:] = values
@@ -273,6 +218,19 @@ class EngineClient:
         await over.wait()
         self._transport = None
         self._lost(said[0] if said else "the engine ended without a word")
+
+    def _ask(self) -> None:
+        """Something is about to be asked for: from now on the engine should say something."""
+        if not self._texts and not self._calls:
+            self._heard = time.monotonic()
+
+    async def _watch_over(self) -> None:
+        """End a worker that is stuck: its device hangs, say. What follows is what follows a crash."""
+        while self.state not in (BROKEN, CLOSED):
+            await asyncio.sleep(self.silence / 10)
+            asked = self.state == READY and (self._texts or self._calls)
+            if asked and time.monotonic() - self._heard > self.silence:
+                self.worker.kill()
 
     def _tell(self, message: tuple) -> None:
         """Send a message, if there is somebody to read it; returns at once."""
@@ -310,7 +268,7 @@ class EngineClient:
                 continue  # called off meanwhile
             answers, place = self._texts.pop(number) if reason else self._texts[number]
             if reason == FAILED:
-                answers.fail(RefusedError(text))
+                self._fail(answers, RefusedError(text))
                 continue
             self._crashes = 0
             piece = Piece(place, text, token, reason, logprobs)
@@ -322,11 +280,20 @@ class EngineClient:
         if number in self._calls and not self._calls[number].done():
             self._calls[number].set_exception(RefusedError(reason))
         if number in self._texts:
-            self._texts.pop(number)[0].fail(RefusedError(reason))
+            self._fail(self._texts.pop(number)[0], RefusedError(reason))
 
     def _on_failed(self, number: int, kind: str) -> None:
+        error = UnavailableError(f"the engine could not do this ({kind})")
         if number in self._calls and not self._calls[number].done():
-            self._calls[number].set_exception(UnavailableError(f"the engine could not do this ({kind})"))
+            self._calls[number].set_exception(error)
+        if number in self._texts:
+            self._fail(self._texts.pop(number)[0], error)
+
+    def _fail(self, answers: Answers, error: Exception) -> None:
+        """One of these texts will not be written to its end."""
+        answers.fail(error)
+        if self.listener:
+            self.listener.failed(1)
 
     def _on_result(self, number: int, value) -> None:
         if number in self._calls and not self._calls[number].done():
@@ -338,7 +305,9 @@ class EngineClient:
         # Not the reason itself, which may hold something of another one's text: that is for the log.
         error = UnavailableError(self.reason if closed else "the engine broke, and is being started anew")
         for answers, _ in self._texts.values():
-            answers.fail(error)
+            self._fail(answers, error)
+        if self.listener:
+            self.listener.lost(self.gauges)
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(error)

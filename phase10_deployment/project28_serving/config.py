@@ -43,6 +43,7 @@ MAX_BODY_KIB = 4096  # of a request
 MAX_CHOICES = 16  # texts of a request: n times its prompts
 MAX_STOPS = 16  # stop texts of a request
 DRAIN_SECONDS = 30.0  # at most, for accepted requests to finish after SIGTERM
+SILENT_SECONDS = 300.0  # of an engine that should write: then it is taken to be stuck, ended, and started anew
 
 _LEVELS = ("critical", "error", "warning", "info", "debug")
 _RULES = {
@@ -58,6 +59,7 @@ _RULES = {
     "MAX_BODY_KIB": (lambda value: value >= 1, "be at least 1"),
     "MAX_CHOICES": (lambda value: value >= 1, "be at least 1"),
     "MAX_STOPS": (lambda value: value >= 0, "be at least 0"),
+    "SILENT_SECONDS": (lambda value: 0 < value < math.inf, "be positive"),
     "DRAIN_SECONDS": (lambda value: 0 <= value < math.inf, "be at least 0"),
 }
 

@@ -11,6 +11,7 @@ import torch
 import uvicorn
 from openai import OpenAI
 
+from phase1_foundation.project3_pretrain.hub_tokenizer import ForeignTokenizer
 from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
 from phase2_finetuning.project4_sft.template import ChatTemplate
 from phase2_finetuning.project4_sft.vocabulary import byte_tokenizer, with_chat_tokens
@@ -29,6 +30,24 @@ def make_model(vocab_size):
     for parameter in model.parameters():
         parameter.normal_(std=0.3)
     return model
+
+
+def sentencepiece_like(decoder=None):
+    """A tokenizer.json as those of Llama: blanks as a sign of their own, bytes for what has no token."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from tokenizers import decoders, models, pre_tokenizers
+
+    words = ["<unk>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *map(chr, range(33, 127)), "\u2581", "\u2581n",
+             "na", "me", "name"]  # fmt: skip
+    merges = [("\u2581", "n"), ("n", "a"), ("m", "e"), ("na", "me")]
+    model = models.BPE({word: i for i, word in enumerate(words)}, merges, unk_token="<unk>", byte_fallback=True)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoder or decoders.Sequence(steps)
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.add_tokens(["<tool_call>"])
+    return ForeignTokenizer(tokenizer.to_str())
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from phase1_foundation.project3_pretrain.loading import default_source, load
 from phase2_finetuning.project4_sft.answering import Template, prompt_within
 from phase2_finetuning.project4_sft.conversations import Message
 from phase2_finetuning.project4_sft.other_templates import template_for
+from phase3_core_inference.project8_kv_cache.adjusting import bytes_of_adjustments
 from phase3_core_inference.project8_kv_cache.machine import Prompt
 from phase3_core_inference.project8_kv_cache.sampling_params import SamplingParams
 from phase3_core_inference.project8_kv_cache.stores import bytes_per_token
@@ -218,4 +219,4 @@ def memory_for(model, options: EngineOptions, room: int) -> int:
     if weight.device.type != "cuda":
         return min(full, HOST_BYTES)
     free, _ = torch.cuda.mem_get_info(weight.device)
-    return min(full, int(free * GPU_SHARE))
+    return min(full, int(free * GPU_SHARE) - bytes_of_adjustments(options.max_running, model.config.vocab_size))

@@ -15,7 +15,7 @@ Each component is explained with paper references for educational purposes.
 import json
 import re
 from collections.abc import Collection
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from phase1_foundation.project2_tokenizer.tokenizer import BPETokenizer
 from phase1_foundation.project3_pretrain.hub_tokenizer import ForeignTokenizer
 from phase3_core_inference.project8_kv_cache.constraints import bits_of
 
+REMEMBERED = 64  # grammars that are kept compiled
 SCHEMA_BYTES = 32_768  # of the longest schema that is read
 # Between two parts of JSON: nothing, a blank, or a new line with an indentation. A model that is unsure of what comes
 # next likes to write blanks, and would write them for ever. `lenient` would ignore what the library cannot honour.
@@ -252,11 +253,17 @@ class Grammars:
         llguidance, speller = library(), _Speller(tokenizer, tokens, special)
         speller(PROBE)  # the compiled loops of the tokenizer are loaded with the first text
         self._tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(speller))
+        self._compiled = lru_cache(REMEMBERED)(self._compile)
+
+    def _compile(self, grammar: str):
+        return library().LLMatcher(self._tokenizer, grammar, log_level=0, limits=_limits())
 
     def constraint(self, grammar: str) -> "GuardedConstraint":
-        """What holds one text to a grammar, from its first token on; never raises, see `GuardedConstraint.failed`."""
-        matcher = library().LLMatcher(self._tokenizer, grammar, log_level=0, limits=_limits())
-        return GuardedConstraint(matcher, self)
+        """What holds one text to a grammar, from its first token on; never raises, see `GuardedConstraint.failed`.
+
+        A grammar is compiled, which takes milliseconds, for its first text alone; the others get copies.
+        """
+        return GuardedConstraint(self._compiled(grammar).deep_copy(), self)
 
 
 class GuardedConstraint:

@@ -16,7 +16,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
 from phase3_core_inference.project8_kv_cache.texts import Piece
-from phase10_deployment.project28_serving.client import Answers
+from phase10_deployment.project28_serving.answers import Answers
 from phase10_deployment.project28_serving.engine import Gauges
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -108,7 +108,7 @@ class Metrics:
         self._restarts = make(Gauge, "engine_restarts", "Times that the engine was started anew")
         ended = Counter("vllm:request_success", "Texts that ended", ["model_name", "finished_reason"],
                         registry=self.registry)  # fmt: skip
-        self._ended = {reason: ended.labels(model_name, reason) for reason in ("stop", "length", "abort")}
+        self._ended = {reason: ended.labels(model_name, reason) for reason in ("stop", "length", "abort", "error")}
         self._http = Counter("http_requests", "Requests that were answered", ["method", "path", "status"],
                              registry=self.registry)  # fmt: skip
         self._last = Gauges()
@@ -141,6 +141,21 @@ class Metrics:
         """So many texts were called off, as nobody waited for them any more."""
         self._ended["abort"].inc(n)
 
+    def failed(self, n: int) -> None:
+        """So many texts could not be written to their end."""
+        self._ended["error"].inc(n)
+
+    def lost(self, gauges: Gauges) -> None:
+        """The engine is gone; this was the last that it said of itself. The next one counts from zero."""
+        self._add(gauges)
+        self._last = Gauges()
+
+    def _add(self, gauges: Gauges) -> None:
+        """Add what the engine has counted since the last time."""
+        for name, (_, value) in SUMS.items():
+            self._sums[name].inc(max(0, value(gauges) - value(self._last)))
+        self._last = gauges
+
     def answered(self, method: str, path: str, status: int) -> None:
         """A request was answered; path: of the route, not what the client wrote."""
         self._http.labels(method, path, str(status)).inc()
@@ -151,11 +166,8 @@ class Metrics:
 
         for name, (_, value) in NOW.items():
             self._now[name].set(value(gauges))
-        for name, (_, value) in SUMS.items():
-            before = value(self._last) if value(gauges) >= value(self._last) else 0  # less: another engine
-            self._sums[name].inc(value(gauges) - before)
+        self._add(gauges)
         self._restarts.set(n_restarts)
-        self._last = gauges
         return generate_latest(self.registry)
 
 

@@ -27,7 +27,7 @@ def main(argv=None):
         s = run.settings
         options = engine_options(s)
         server = server_options(s, options.checkpoint)
-        app = create_app(EngineClient(functools.partial(build_engine, options)), server)
+        app = create_app(EngineClient(functools.partial(build_engine, options), silence=s.SILENT_SECONDS), server)
         run.print(f"loading {options.checkpoint}; the API will be at http://{s.HOST}:{s.PORT}/v1, the model's name is "
                   f"{server.name}")  # fmt: skip
         run_server(app, s.HOST, s.PORT, s.DRAIN_SECONDS, s.LOG_LEVEL, run.print)

@@ -25,16 +25,10 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response
 
 from phase10_deployment.project28_serving import errors
+from phase10_deployment.project28_serving.answers import Answers, RefusedError, UnavailableError
 from phase10_deployment.project28_serving.asking import Asking, Limits
 from phase10_deployment.project28_serving.choices import Choice
-from phase10_deployment.project28_serving.client import (
-    BROKEN,
-    READY,
-    Answers,
-    EngineClient,
-    RefusedError,
-    UnavailableError,
-)
+from phase10_deployment.project28_serving.client import BROKEN, READY, EngineClient
 from phase10_deployment.project28_serving.embedding import embed
 from phase10_deployment.project28_serving.errors import ApiError, ErrorBody, bad_request, too_many, unavailable
 from phase10_deployment.project28_serving.gate import Gate, GateOptions, Guests
@@ -116,7 +110,7 @@ class Server:
             self.client.close(answers)
             raise
         if stream:
-            return EventStream(self._events(answers, shape, choices, usage))
+            return EventStream(self._events(answers, shape, choices, usage), lambda: self.client.close(answers))
         try:
             await while_connected(request, self._collect(answers, choices))
         finally:
@@ -147,8 +141,6 @@ class Server:
             yield DONE
         except (RefusedError, UnavailableError) as error:
             yield event(translated(error).body)
-        finally:
-            self.client.close(answers)
 
     def _usage(self, answers: Answers, choices: list[Choice]) -> Usage:
         """What it cost; a prompt of which several texts were wanted counts once."""
@@ -166,7 +158,8 @@ class Server:
         asking = self.asking
         asks = await asking.chat(body, request.scope.get("guest", ""))
         tools = bool(asking.tools(body))
-        choices = [Choice(i, asking.words if body.logprobs else None, tools) for i in range(len(asks))]
+        words = await asking.words() if body.logprobs else None
+        choices = [Choice(i, words, tools) for i in range(len(asks))]
         shape = ChatShape(body.model or asking.name, bool(body.logprobs))
         return await self.respond(request, asks, shape, choices, *_streaming(body))
 
@@ -176,7 +169,8 @@ class Server:
         asks = await asking.completion(body, request.scope.get("guest", ""))
         wanted = body.logprobs is not None
         echoes = [asking.decode(ask.prompt) for ask in asks] if body.echo else None
-        choices = [Choice(i, asking.words if wanted else None) for i in range(len(asks))]
+        words = await asking.words() if wanted else None
+        choices = [Choice(i, words) for i in range(len(asks))]
         shape = CompletionShape(body.model or asking.name, wanted, echoes)
         return await self.respond(request, asks, shape, choices, *_streaming(body))
 
@@ -219,7 +213,7 @@ class Server:
         if body.messages is not None:
             tokens = await asking.conversation(body.messages, body.tools)
         else:
-            tokens = await asking.encode(body.prompt, "prompt")
+            (tokens,) = await asking.encode([body.prompt], "prompt")
 
         def told() -> JSONResponse:
             texts = [asking.decode([token]) for token in tokens]

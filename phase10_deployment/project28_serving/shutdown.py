@@ -12,7 +12,8 @@ from collections.abc import Callable
 import uvicorn
 from fastapi import FastAPI
 
-from phase10_deployment.project28_serving.client import BROKEN, CLOSED, READY, UnavailableError
+from phase10_deployment.project28_serving.answers import UnavailableError
+from phase10_deployment.project28_serving.client import BROKEN, CLOSED, READY
 
 
 class PatientServer(uvicorn.Server):

@@ -6,7 +6,7 @@ listen to the connection while they work, so that nobody writes for somebody who
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -48,14 +48,15 @@ class EventStream(Response):
     """Server-sent events, as they come.
 
     Args:
-        parts: events as bytes, several together if they came together; it is closed whatever happens.
+        parts: events as bytes, several together if they came together; ended: called whatever happens, also to a
+            client who leaves before the first part was asked for.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, parts: AsyncIterator[bytes]):
+    def __init__(self, parts: AsyncIterator[bytes], ended: Callable[[], None]):
         super().__init__()
-        self.parts = parts
+        self.parts, self.ended = parts, ended
         del self.headers["content-length"]  # nobody knows it
         self.headers["Cache-Control"] = "no-cache"
         self.headers["X-Accel-Buffering"] = "no"  # a proxy must not wait until it is over
@@ -70,6 +71,7 @@ class EventStream(Response):
         finally:
             await _cancel(job, gone)
             await self.parts.aclose()
+            self.ended()
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

@@ -8,6 +8,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from common import kernels
 from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
 from phase1_foundation.project3_pretrain.plans import Packed
 from phase2_finetuning.project5_lora.lora import add_lora, load_adapter, merge_lora, save_adapter
@@ -269,6 +270,7 @@ def recording(function, *example):
 
 def test_what_is_recorded_once_follows_the_table(made, alone, monkeypatch):
     monkeypatch.setattr(decoder, "capture", recording)
+    monkeypatch.setattr(kernels, "plain", lambda x: False)  # operators are what can be recorded
     runner = Served(made, n_rows=4, max_tokens=9, graphs=True, ahead=True)
     runner.warm_up()  # everything is recorded while all rows have the base
     assert runner.decoder._steps

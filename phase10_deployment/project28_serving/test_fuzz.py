@@ -1,4 +1,4 @@
-"""Whatever is sent: an answer or a refusal with its reason, never a 500, and the engine goes on."""
+"""Whatever is sent, whoever tokenizes: an answer or a refusal with its reason, never a 500; the engine goes on."""
 
 import json
 
@@ -9,6 +9,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import status_code_conformance
+
+from phase1_foundation.project1_minimal_gpt.char_tokenizer import CharTokenizer
+from phase2_finetuning.project4_sft.other_templates import template_for
+from phase10_deployment.project28_serving.client import EngineClient
+from phase10_deployment.project28_serving.conftest import make_model, running, sentencepiece_like
+from phase10_deployment.project28_serving.engine import Engine
+from phase10_deployment.project28_serving.server import ServerOptions
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 FAST = settings(deadline=None, suppress_health_check=list(HealthCheck))
@@ -101,6 +108,52 @@ def test_what_the_description_allows_and_what_it_does_not(tiny, eventually):
 
             ask()
     eventually(lambda: tiny.client.gauges[:3] == (0, 0, 0.0))
+
+
+# -- other tokenizers
+
+
+def letters_alone():
+    """Nothing that JSON needs, and no special tokens."""
+    return CharTokenizer.from_text("abc User: Assistant\n")
+
+
+@pytest.fixture(scope="module", params=[letters_alone, sentencepiece_like], ids=lambda make: make.__name__)
+def other(request):
+    """A server whose model has another tokenizer, and a connection to it."""
+    tokenizer = request.param()
+
+    def build():
+        engine = Engine(make_model(tokenizer.vocab_size), tokenizer, template_for(tokenizer, "tiny.pt"), n_rows=8,
+                        max_tokens=64)  # fmt: skip
+        engine.source = "tiny.pt"
+        return engine
+
+    client = EngineClient(build, process=False)
+    with running(client, ServerOptions("tiny")) as server, httpx.Client(base_url=server.url, timeout=60) as connection:
+        yield server, connection
+
+
+letters = st.text("abcUser: ", max_size=12) | texts
+
+
+@FAST
+@given(body=requests, messages=messages, prompt=letters | st.lists(st.integers(-1, 300), max_size=4))
+def test_requests_that_are_nearly_right_for_other_tokenizers(other, body, messages, prompt):
+    server, client = other
+    check(client, server, CHAT, body | {"messages": messages})
+    check(client, server, TEXT, body | {"prompt": prompt})
+
+
+def test_other_tokenizers_answer(other, eventually):
+    server, client = other
+    body = {"prompt": "abc", "max_tokens": 4, "logprobs": 2, "temperature": 0}
+    answer = client.post(TEXT, json=body).json()["choices"][0]
+    assert len(answer["logprobs"]["tokens"]) <= 4 and "".join(answer["logprobs"]["tokens"])
+    stream = client.post(TEXT, json=body | {"stream": True}).text.split("\n\n")
+    events = [json.loads(line.removeprefix("data: ")) for line in stream if line.startswith("data: {")]
+    assert "".join(event["choices"][0]["text"] for event in events) == answer["text"]
+    eventually(lambda: server.client.gauges[:3] == (0, 0, 0.0))
 
 
 def test_the_engine_is_empty_afterwards(tiny, eventually):

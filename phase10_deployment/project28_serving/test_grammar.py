@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from phase1_foundation.project1_minimal_gpt.char_tokenizer import CharTokenizer
 from phase1_foundation.project2_tokenizer.tokenizer import BPETokenizer
-from phase1_foundation.project3_pretrain.hub_tokenizer import ForeignTokenizer
 from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
 from phase2_finetuning.project4_sft.vocabulary import byte_tokenizer, with_chat_tokens
 from phase3_core_inference.project8_kv_cache.constraints import bits_of
@@ -22,6 +21,7 @@ from phase4_advanced_inference.project13_paged_attention.runner import Runner
 pytest.importorskip("llguidance")
 
 from phase10_deployment.project28_serving import grammar as grammar_module
+from phase10_deployment.project28_serving.conftest import sentencepiece_like
 from phase10_deployment.project28_serving.grammar import (
     Grammars,
     GuardedConstraint,
@@ -255,6 +255,20 @@ def test_an_end_before_its_time_and_a_wrong_token_are_failures():
         assert constraint.finished and "cannot follow its grammar" in constraint.failed
 
 
+def test_a_grammar_is_compiled_once_and_its_texts_go_their_own_ways(monkeypatch):
+    grammars, compiled = Grammars(TOKENIZER, ENDS), []
+    inner = grammars._compile
+    grammars._compiled = grammar_module.lru_cache(grammar_module.REMEMBERED)(lambda g: compiled.append(g) or inner(g))
+    grammar = json_schema_grammar({"enum": ["ab", "cd"]})
+    one, two, three = (grammars.constraint(grammar) for _ in range(3))
+    for token in TOKENIZER.encode('"ab"'):
+        one.accept(token)
+    two.accept(TOKENIZER.encode("x")[0])
+    assert len(compiled) == 1 and one.finished and one.failed is None and two.failed and not three.finished
+    assert (three.allowed() == grammars.constraint(grammar).allowed()).all()
+    assert grammars.constraint("start: nothing").allowed() is grammars.everything  # a bad one is as bad as a copy
+
+
 def test_a_grammar_that_is_none_fails_without_an_exception():
     constraint = GRAMMARS.constraint("start: nothing")
     assert tokens_in(constraint.allowed()) == list(range(TOKENIZER.vocab_size))
@@ -300,23 +314,6 @@ def test_a_fork_goes_on_where_its_text_is(model):
 
 def gpt2_like():
     return BPETokenizer.train(['{"name": "low", "lower": [1, 2]} low lower\n' * 3], 300)
-
-
-def sentencepiece_like(decoder=None):
-    tokenizers = pytest.importorskip("tokenizers")
-    from tokenizers import decoders, models, pre_tokenizers
-
-    words = ["<unk>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *map(chr, range(33, 127)), "\u2581", "\u2581n",
-             "na", "me", "name"]  # fmt: skip
-    merges = [("\u2581", "n"), ("n", "a"), ("m", "e"), ("na", "me")]
-    model = models.BPE({word: i for i, word in enumerate(words)}, merges, unk_token="<unk>", byte_fallback=True)
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoder or decoders.Sequence(steps)
-    tokenizer.add_special_tokens(["</s>"])
-    tokenizer.add_tokens(["<tool_call>"])
-    return ForeignTokenizer(tokenizer.to_str())
 
 
 def characters():

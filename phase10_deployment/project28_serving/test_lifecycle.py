@@ -15,10 +15,14 @@ import openai
 import pytest
 
 from common import ROOT, checkpoint
+from phase2_finetuning.project4_sft.vocabulary import byte_tokenizer, with_chat_tokens
 from phase3_core_inference.project8_kv_cache.generation import SamplingParams, generate
 from phase10_deployment.project28_serving import client as client_module
-from phase10_deployment.project28_serving.client import EngineClient, UnavailableError
+from phase10_deployment.project28_serving.answers import UnavailableError
+from phase10_deployment.project28_serving.client import EngineClient
+from phase10_deployment.project28_serving.conftest import make_model
 from phase10_deployment.project28_serving.engine import Engine
+from phase10_deployment.project28_serving.streaming import EventStream
 from phase10_deployment.project28_serving.worker import Ask
 
 TEXT = "/v1/completions"
@@ -247,6 +251,132 @@ def test_calls_do_not_stop_texts(serve):
 
         asyncio.run_coroutine_threadsafe(ask(), client._loop).result(30)
         assert done
+
+
+class StuckEngine(Engine):
+    """An engine whose second step never ends; each one that is built anew is as stuck."""
+
+    n_steps = 0
+
+    def advance(self):
+        self.n_steps += 1
+        if self.n_steps > 1:
+            time.sleep(60)
+        return super().advance()
+
+
+def build_stuck():
+    """A tiny one, in a process of its own."""
+    tokenizer = with_chat_tokens(byte_tokenizer())
+    engine = StuckEngine(make_model(tokenizer.vocab_size), tokenizer, n_rows=2, max_tokens=64)
+    engine.source = "stuck.pt"
+    return engine
+
+
+def test_an_engine_that_is_stuck_is_ended_and_started_anew(eventually):
+    async def read(client, pieces):
+        async with asyncio.timeout(20):
+            async for batch in client.open([Ask([1, 2], SamplingParams(4, 0.0, stop_ids=()))]):
+                pieces += batch
+
+    async def ask():
+        client = EngineClient(build_stuck, silence=2.0)
+        await client.start()
+        await client.ready()
+        await asyncio.sleep(2.5)  # nothing is asked for: its silence is no sign
+        first, pid = [], client.card.pid
+        assert client.state == client_module.READY
+        with pytest.raises(UnavailableError, match="the engine broke"):
+            await read(client, first)
+        await client.ready()
+        assert len(first) == 1 and client.n_restarts == 1 and client.card.pid != pid
+        await client.stop()
+
+    asyncio.run(ask())
+
+
+class ClumsyEngine(Engine):
+    """An engine with a mistake in what it does before a text is queued."""
+
+    def add(self, prompt, *args):
+        if len(prompt) == 3:
+            raise RuntimeError("a secret of this text")
+        return super().add(prompt, *args)
+
+
+def test_texts_that_fail_are_counted_and_the_others_go_on(serve, eventually):
+    with serve(kind=ClumsyEngine) as server:
+        failed = httpx.post(server.url + TEXT, json={"prompt": [1, 2, 3]})
+        assert failed.status_code == 503 and "RuntimeError" in failed.text and "secret" not in failed.text
+        assert httpx.post(server.url + TEXT, json={"prompt": [1, 2], "max_tokens": 2}).status_code == 200
+        metrics = httpx.get(f"{server.url}/metrics").text
+        assert 'vllm:request_success_total{finished_reason="error",model_name="tiny"} 1.0' in metrics
+        assert server.client.n_restarts == 0
+
+
+def test_what_an_engine_counted_outlives_it(serve, eventually, monkeypatch):
+    monkeypatch.setattr(client_module, "PAUSE", 0.001)
+    prompt = {"prompt": list(range(1, 41)), "max_tokens": 2}
+    with serve(kind=SlowEngine) as server:
+
+        def queries():
+            found = re.search(r"vllm:prefix_cache_queries_total\{.*\} (.*)", httpx.get(f"{server.url}/metrics").text)
+            return float(found[1])
+
+        def back(n):
+            eventually(lambda: server.client.n_restarts == n and server.client.state == "ready")
+
+        for n in (1, 2):  # twice, without a look at the metrics in between
+            httpx.post(server.url + TEXT, json=prompt)
+            asyncio.run_coroutine_threadsafe(server.client.call(break_next_step), server.client._loop)
+            httpx.post(server.url + TEXT, json=prompt)
+            back(n)
+        httpx.post(server.url + TEXT, json=prompt)
+        assert queries() >= 3 * 39
+        metrics = httpx.get(f"{server.url}/metrics").text
+        assert 'finished_reason="error",model_name="tiny"} 2.0' in metrics
+
+
+# -- streams
+
+
+class HeavyEngine(Engine):
+    """An engine whose steps take half a second."""
+
+    def advance(self):
+        time.sleep(0.5)
+        return super().advance()
+
+
+def test_a_stream_begins_while_the_first_step_is_under_way(serve):
+    with serve(kind=HeavyEngine) as server, httpx.Client(timeout=60) as http:
+        began = time.monotonic()
+        body = {"prompt": "x", "max_tokens": 1, "stream": True, "ignore_eos": True}
+        with http.stream("POST", server.url + TEXT, json=body) as response:
+            headers = time.monotonic() - began
+            text = "".join(response.iter_text())
+        assert response.status_code == 200 and text.endswith("data: [DONE]\n\n")
+        assert headers < 0.4 < 0.5 <= time.monotonic() - began
+
+
+def test_who_leaves_before_a_stream_begins_leaves_nothing_behind():
+    ended = []
+
+    async def never():
+        ended.append("begun")
+        yield b""
+
+    async def leave():
+        async def send(message):
+            await asyncio.sleep(60)  # the connection takes nothing
+
+        async def receive():
+            return {"type": "http.disconnect"}
+
+        await EventStream(never(), lambda: ended.append("ended"))({}, receive, send)
+
+    asyncio.run(leave())
+    assert ended == ["ended"]
 
 
 # -- a server of its own

@@ -63,7 +63,7 @@ class Card(NamedTuple):
 #                                      begun: [(number, seconds in the queue, tokens found in the cache)]
 #   ("refused", number, reason)        this text cannot be written
 #   ("result", number, value)          of a call
-#   ("failed", number, kind of error)  of a call, through no fault of its arguments
+#   ("failed", number, kind of error)  of a text or a call, through no fault of its own
 #   ("broken", reason)                 the loop is over
 # What it is told:
 #   ("add", number, Ask)  ("abort", [numbers])  ("call", number, function, arguments)  ("stop",)
@@ -129,6 +129,10 @@ class Worker:
             request = self.engine.add(ask.prompt, ask.params, ask.priority, ask.user, ask.adapter, ask.grammar)
         except ValueError as error:
             self.wire.send(("refused", number, str(error)))
+            return
+        except Exception as error:  # of this text alone; a device that is lost will end the next step
+            traceback.print_exc()
+            self.wire.send(("failed", number, type(error).__name__))
             return
         self._texts[request.index], self._indices[number] = _Text(number, request), request.index
         self._taken.append(number)

@@ -108,7 +108,7 @@ def serve_both(options, s, port, keys, said):
     from phase10_deployment.project28_serving.server import create_app
     from phase10_deployment.project28_serving.shutdown import run_server
 
-    client = EngineClient(functools.partial(build_engine, options))
+    client = EngineClient(functools.partial(build_engine, options), silence=s.SILENT_SECONDS)
     api = create_app(client, server_options(s, options.checkpoint))
     url = f"http://{reachable(s.HOST)}:{port}/v1"
     app = beside(api, build_app(url, keys[0] if keys else None, client, s))

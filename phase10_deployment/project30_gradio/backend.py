@@ -12,7 +12,8 @@ Each component is explained with paper references for educational purposes.
 import contextlib
 from collections.abc import Callable, Iterator
 
-from phase10_deployment.project28_serving.client import EngineClient, RefusedError, UnavailableError
+from phase10_deployment.project28_serving.answers import RefusedError, UnavailableError
+from phase10_deployment.project28_serving.client import EngineClient
 from phase10_deployment.project28_serving.engine import Engine
 from phase10_deployment.project30_gradio.looking import shape_of
 from phase10_deployment.project30_gradio.stops import Stops

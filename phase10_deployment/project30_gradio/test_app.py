@@ -84,7 +84,9 @@ def test_a_message_is_said_answered_and_kept(page):
         talk, _, box = say(request, "  Hello ", [])
         assert box == "" and talk == [{"role": "user", "content": "Hello"}]
         assert say(request, "  ", talk)[0] is not talk  # nothing to say: nothing changes
-        turns = [each async for each in write(request, talk, "number", [], "tiny", *controls(max_tokens=12, temperature=0.0))]
+        turns = [
+            each async for each in write(request, talk, "number", [], "tiny", *controls(max_tokens=12, temperature=0.0))
+        ]
         return turns
 
     turns = converse(page, scenario)

@@ -47,15 +47,17 @@ class Adjustments:
         self.written: Tensor | None = None  # (rows, V): how often each token was drawn
         self.prompted: Tensor | None = None  # (rows, V): whether the prompt has it
         self.bias: Tensor | None = None  # (rows, V)
+        self._asking: set[int] = set()  # rows whose requests want something of it
         self.penalties = torch.tensor([[1.0, 0.0, 0.0]] * n_rows, device=device)  # repetition, presence, frequency
 
     @property
     def idle(self) -> bool:
-        """Whether nobody ever asked for anything."""
-        return self.written is None and self.bias is None
+        """Whether nobody who has a row asks for anything."""
+        return not self._asking
 
     def put(self, row: int, params: SamplingParams, prompt: Sequence[int], written: Sequence[int] = ()) -> None:
         """Give a row to a request, of whose text so much was asked, and so much was written."""
+        (self._asking.add if params.penalized or params.logit_bias else self._asking.discard)(row)
         if params.penalized and self.written is None:
             self.written = torch.zeros(self.n_rows, self.vocab_size, dtype=torch.int32, device=self.device)
             self.prompted = torch.zeros_like(self.written, dtype=torch.bool)
@@ -94,3 +96,8 @@ class Adjustments:
         if self.written is not None:
             known = (tokens >= 0).to(torch.int32)
             self.written.index_put_((rows, tokens.clamp(min=0)), known, accumulate=True)
+
+
+def bytes_of_adjustments(n_rows: int, vocab_size: int) -> int:
+    """What the tables of all rows take once penalties and biases are asked for."""
+    return n_rows * vocab_size * (4 + 1 + 4)

@@ -270,6 +270,18 @@ def test_a_row_that_another_request_gets_forgets_what_was_counted():
     assert (logits[:1] - adjusted)[0, [5, 6, 7]].tolist() == pytest.approx([4.0, 2.0, 0.0], abs=1e-5)
 
 
+@pytest.mark.parametrize("wish", [{"presence_penalty": 1.0}, {"repetition_penalty": 1.2}, {"logit_bias": {3: 1.0}}])
+def test_steps_cost_nothing_more_once_nobody_asks_for_penalties_any_more(wish):
+    sampler, logits = Sampler(2, V, "cpu"), draw_logits(2)
+    assert sampler.adjustments.idle and sampler.penalized(logits, [0, 1]) is logits
+    sampler.put(1, SamplingParams(**wish), 1, [1])
+    assert not sampler.adjustments.idle and sampler.penalized(logits, [0, 1]) is not logits
+    sampler.put(0, SamplingParams(), 1, [1])
+    assert not sampler.adjustments.idle
+    sampler.put(1, SamplingParams(), 1, [1])
+    assert sampler.adjustments.idle and sampler.penalized(logits, [0, 1]) is logits
+
+
 def test_what_a_draft_puts_behind_a_text_counts_as_written():
     sampler = Sampler(1, V, "cpu")
     sampler.put(0, SamplingParams(presence_penalty=0.5, frequency_penalty=1.0), 1, [1], [5])

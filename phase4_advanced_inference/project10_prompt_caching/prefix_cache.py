@@ -218,7 +218,7 @@ class RadixCache:
         if n < len(tokens):
             if inside < len(node.tokens):
                 node = self._split(node, inside)
-            child = _Node(tokens[n:], make(n, len(tokens)), node)
+            child = _Node(tokens[n:], make(n, len(tokens)), node, touched=now)
             if len(child.span) != len(child.tokens):
                 raise ValueError(f"the span for {len(child.tokens)} tokens is for {len(child.span)}")
             node.children[self._key(child.tokens)] = node = child

@@ -1,7 +1,9 @@
 """The radix tree against a plain list of texts: matches, splits, eviction, references, exact counts."""
 
+import heapq
+
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -104,6 +106,53 @@ def test_a_parent_goes_only_after_its_children():
     assert cache.evict(2 * SIZE) == 2 * SIZE and cache.known((1, 2)) == 2 and cache.n_tokens == 2
     cache.clear()
     assert (cache.n_tokens, cache.nbytes, list(cache.spans())) == (0, 0, [])
+
+
+def walk(cache):
+    """The leaf that a look at every node finds: the one that was used longest ago."""
+    leaves = [node for node in cache._nodes() if not node.children and not node.holders]
+    return min(leaves, key=lambda node: node.touched, default=None)
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_the_heap_finds_what_a_walk_through_the_tree_finds(data):
+    cache, held = RadixCache(), []
+    texts = st.lists(st.integers(0, 2), min_size=1, max_size=6)
+    for _ in range(data.draw(st.integers(1, 40))):
+        act = data.draw(st.sampled_from(["insert", "insert", "use", "hold", "release", "evict"]))
+        if act == "insert":
+            insert(cache, tuple(data.draw(texts)))
+        elif act == "use":
+            cache.match(data.draw(texts)).release()
+        elif act == "hold":
+            held.append(cache.match(data.draw(texts)))
+        elif act == "release" and held:
+            held.pop(data.draw(st.integers(0, len(held) - 1))).release()
+        elif act == "evict":
+            leaf = walk(cache)
+            size, last = (leaf.span.nbytes, leaf.span.tokens[-1]) if leaf else (0, None)
+            before = len(Letters.dropped)
+            assert cache.evict(SIZE) == (SIZE if leaf else 0)  # one token, from the end of that leaf
+            if leaf:
+                assert Letters.dropped[before:] == [(last,)]
+                assert leaf.span is None if size == SIZE else leaf.span.nbytes == size - SIZE
+    for match in held:
+        match.release()
+    cache.clear()
+    assert cache.nbytes == cache.n_tokens == 0 and not list(cache.spans())
+
+
+def test_a_full_cache_does_not_look_at_all_texts(monkeypatch):
+    cache, looks = RadixCache(), []
+    for i in range(2000):
+        insert(cache, (i // 100, i % 100, i))
+    pop = heapq.heappop
+    monkeypatch.setattr(heapq, "heappop", lambda heap: looks.append(1) or pop(heap))
+    monkeypatch.setattr(cache, "_nodes", None)
+    for _ in range(100):
+        assert cache.evict(2 * SIZE) == 2 * SIZE
+    assert len(looks) <= 400
 
 
 def test_what_is_held_is_not_evicted():

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from phase4_advanced_inference.project12_dynamic_batching.capacity import Capacity
 from phase4_advanced_inference.project12_dynamic_batching.request import ABORTED, Request
 
+MANY_USERS = 1024  # of whom more are remembered only as long as it matters
+
 __all__ = ["Request", "Scheduler", "Step"]
 
 
@@ -62,6 +64,7 @@ class Scheduler:
         self.capacity, self.max_tokens, self.patience = capacity, max_tokens, patience
         self.running: list[Request] = []
         self.served: defaultdict[str, int] = defaultdict(int)  # tokens read and written for each user
+        self._many_users = MANY_USERS
         self.n_steps = self.n_preempted = 0
         self._queues: dict[tuple[int, str], deque[Request]] = {}  # (priority, user) -> in the order of arrival
 
@@ -82,8 +85,16 @@ class Scheduler:
         if request.user not in active:  # who was away has not saved up service; behind an empty house all are even
             least = min((self.served[user] for user in active), default=max(self.served.values(), default=0))
             self.served[request.user] = max(self.served[request.user], least)
+            self._forget(active | {request.user}, least)
         request.queued = self.n_steps
         self._queues.setdefault((request.priority, request.user), deque()).append(request)
+
+    def _forget(self, active: set[str], least: int) -> None:
+        """Where users are many, forget those who are away and would be lifted to `least` anyway."""
+        if len(self.served) > self._many_users:
+            kept = {user: n for user, n in self.served.items() if user in active or n > least}
+            self.served = defaultdict(int, kept)
+            self._many_users = max(MANY_USERS, 2 * len(kept))
 
     def finish(self, request: Request) -> None:
         """A request has ended, whether it runs, waits, or was in a step that is not over."""

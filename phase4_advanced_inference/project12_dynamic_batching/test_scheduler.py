@@ -1,5 +1,7 @@
 """The scheduler: budgets, priorities, patience, fairness, preemption, and what always holds, whatever happens."""
 
+import random
+
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -7,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from phase3_core_inference.project8_kv_cache.rivals import NumberTokenizer
 from phase3_core_inference.project8_kv_cache.sampling_params import SamplingParams
+from phase4_advanced_inference.project12_dynamic_batching import scheduler as scheduler_module
 from phase4_advanced_inference.project12_dynamic_batching.request import ABORTED, Request
 from phase4_advanced_inference.project12_dynamic_batching.scheduler import Scheduler
 
@@ -326,6 +329,22 @@ def test_counters_are_lifted_on_return():
     most = max(served.values())
     house.add(5, 5, user="new")  # to an empty house
     assert served["new"] == most
+
+
+def test_forgetting_users_changes_no_turn(monkeypatch):
+    def turns(most):
+        monkeypatch.setattr(scheduler_module, "MANY_USERS", most)
+        house, order = House(Memory(2), max_tokens=16), []
+        draw = random.Random(0)
+        for _ in range(300):
+            house.add(draw.randint(1, 9), draw.randint(1, 6), user=str(draw.randint(0, 60)))
+            for _ in range(draw.randint(0, 4)):
+                step = house.step()
+                order.append(shares(step) if step else None)
+        return order, len(house.scheduler.served)
+
+    (forgetful, few), (faithful, many) = turns(4), turns(10**6)
+    assert forgetful == faithful and few < many
 
 
 def test_arrival_decides_between_requests_of_one_user():

@@ -351,11 +351,13 @@ def paged_attention(
     if n_each is not None and n_each <= FEW and width_of(n_each * (H // Hkv)) <= FEW_ROWS:
         if splits is None:
             splits = splits_of(R, Hkv, tables.shape[1] * k.shape[1], q.device)
-        return torch.ops.roadmap.paged_few(q, k, v, tables, ends, scale, window, n_each, splits)
+        few = reference_few if kernels.plain(q) else torch.ops.roadmap.paged_few
+        return few(q, k, v, tables, ends, scale, window, n_each, splits)
     if n_each is not None:
         begins = torch.arange(0, N + 1, n_each, dtype=torch.int32, device=q.device)
     rows, firsts = tiles or (None, None)
     expected = N // queries_of_a_tile(H, Hkv, D, v.shape[3]) + R
     if rows is not None and rows.shape != (expected,):
         raise ValueError(f"tiles {tuple(rows.shape)} must be ({expected},): make them with queries_of_a_tile's number")
-    return torch.ops.roadmap.paged_ragged(q, k, v, tables, begins, ends, rows, firsts, scale, window)
+    ragged = reference_ragged if kernels.plain(q) else torch.ops.roadmap.paged_ragged
+    return ragged(q, k, v, tables, begins, ends, rows, firsts, scale, window)

@@ -6,6 +6,7 @@ from phase1_foundation.project3_pretrain.plans import LayerSpec
 from phase3_core_inference.project8_kv_cache.generation import SamplingParams
 from phase3_core_inference.project8_kv_cache.rivals import NumberTokenizer
 from phase4_advanced_inference.project12_dynamic_batching.request import Request
+from phase4_advanced_inference.project13_paged_attention import block_capacity
 from phase4_advanced_inference.project13_paged_attention.block_capacity import Blocks, BlockSpan
 from phase4_advanced_inference.project13_paged_attention.paged_cache import PagedCache
 
@@ -72,6 +73,22 @@ def test_what_a_text_leaves_counts_as_free_and_goes_when_it_is_needed():
     assert read(blocks, other, 4) and blocks.available == 0 and known(blocks, range(10)) == 0
     before = state(blocks)
     assert not blocks.grow(other, 4) and state(blocks) == before
+
+
+def test_a_large_cache_gives_back_some_blocks_at_a_time(monkeypatch):
+    monkeypatch.setattr(block_capacity, "HELPING", 4)
+    blocks = blocks_of(12)
+    calls, evict = [], blocks.tree.evict
+    monkeypatch.setattr(blocks.tree, "evict", lambda nbytes: calls.append(nbytes) or evict(nbytes))
+    for start in (0, 12, 24):
+        blocks.release(served(blocks, range(start, start + 12)))
+    blocks.release(served(blocks, range(36, 39)))  # the twelfth block is free, the others hold three texts
+    assert not calls
+    other = request_of([39] * 5)
+    assert blocks.admit(other)
+    for _ in range(4):  # four times a block
+        assert read(blocks, other, 4)
+    assert len(calls) == 1 and blocks.cache.allocator.n_free == 2 and known(blocks, range(12)) == 0
 
 
 def test_what_was_asked_for_last_stays_longest():
