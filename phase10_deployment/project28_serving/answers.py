@@ -26,6 +26,9 @@ class RefusedError(ValueError):
     """The engine cannot write this text; the message says why."""
 
 
+MANY = 256  # pieces that are looked at in one go, so that other streams need not wait
+
+
 @dataclass
 class Clock:
     """When a text got its newest token, and how many it has: for metrics."""
@@ -45,7 +48,7 @@ class Answers:
     WHY: neither the engine nor another user waits for a slow connection.
 
     Args:
-        asks: what was asked for; whole: wake the reader when all is there, and no sooner.
+        asks: what was asked for; whole: wake the reader when all is there, or many pieces, and no sooner.
 
     Raises UnavailableError where the engine broke, and RefusedError where a text cannot be written.
     """
@@ -68,7 +71,7 @@ class Answers:
         """A piece has come for one of the texts."""
         self._waiting.append((place, piece))
         self.left -= piece.finish_reason is not None
-        if not (self.whole and self.left):
+        if not (self.whole and self.left) or len(self._waiting) >= MANY:
             self._news.set()
 
     def fail(self, error: Exception) -> None:
@@ -86,7 +89,7 @@ class Answers:
 
     async def __aiter__(self) -> AsyncIterator[list[tuple[int, Piece]]]:
         while self.left or self._waiting:
-            while (self.left if self.whole else not self._waiting) and not self._error:
+            while (self.left and len(self._waiting) < MANY if self.whole else not self._waiting) and not self._error:
                 await self._news.wait()
                 self._news.clear()
             pieces = list(self._waiting)

@@ -95,7 +95,7 @@ class EngineClient:
         self._transport: asyncio.Transport | None = None
         self._link: asyncio.Task | None = None  # reads what the worker says
         self._watch: asyncio.Task | None = None
-        self._heard = 0.0  # when it last said something, or was first asked
+        self._asked: float | None = None  # since when the engine should say something
         self._changed: asyncio.Event | None = None
 
     # -- from the outside
@@ -207,12 +207,12 @@ class EngineClient:
         over, said = asyncio.Event(), []
 
         def heard(message: tuple) -> None:
-            self._heard = time.monotonic()
             kind, *values = message
             if kind == "broken":
                 said[:] = values
             else:
                 getattr(self, f"_on_{kind}")(*values)
+            self._asked = time.monotonic() if self._texts or self._calls else None
 
         self._transport, _ = await self._loop.create_connection(lambda: Ear(heard, over.set), sock=end)
         await over.wait()
@@ -221,16 +221,23 @@ class EngineClient:
 
     def _ask(self) -> None:
         """Something is about to be asked for: from now on the engine should say something."""
-        if not self._texts and not self._calls:
-            self._heard = time.monotonic()
+        if self._asked is None:
+            self._asked = time.monotonic()
 
     async def _watch_over(self) -> None:
         """End a worker that is stuck: its device hangs, say. What follows is what follows a crash."""
         while self.state not in (BROKEN, CLOSED):
+            before = time.monotonic()
             await asyncio.sleep(self.silence / 10)
-            asked = self.state == READY and (self._texts or self._calls)
-            if asked and time.monotonic() - self._heard > self.silence:
+            now = time.monotonic()
+            if self.state != READY or self._asked is None:
+                continue
+            if now - before > self.silence / 2:  # it was this process that did nothing for so long
+                self._asked = now
+            elif now - self._asked > self.silence:
                 self.worker.kill()
+                if self._transport is not None:
+                    self._transport.abort()  # a process that waits for a driver may not die
 
     def _tell(self, message: tuple) -> None:
         """Send a message, if there is somebody to read it; returns at once."""
@@ -311,7 +318,7 @@ class EngineClient:
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(error)
-        self._texts, self.gauges = {}, Gauges()
+        self._texts, self.gauges, self._asked = {}, Gauges(), None
         if closed:
             return
         self._crashes += 1

@@ -219,4 +219,4 @@ def memory_for(model, options: EngineOptions, room: int) -> int:
     if weight.device.type != "cuda":
         return min(full, HOST_BYTES)
     free, _ = torch.cuda.mem_get_info(weight.device)
-    return min(full, int(free * GPU_SHARE) - bytes_of_adjustments(options.max_running, model.config.vocab_size))
+    return max(0, min(full, int(free * GPU_SHARE) - bytes_of_adjustments(options.max_running, model.config.vocab_size)))

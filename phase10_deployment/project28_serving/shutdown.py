@@ -70,7 +70,9 @@ class PatientServer(uvicorn.Server):
                 await client.ready()
             except UnavailableError:
                 break
-            gc.freeze()  # modules and tokenizer stay: to look for garbage among them would stop all streams for 0.1 s
+            if not told:
+                gc.collect()
+                gc.freeze()  # modules and tokenizer stay: to look for garbage there would stop all streams for 0.1 s
             self.said(f"ready{f' again, after {told} restarts' if told else ''}: {client.described}")
             told = await client.lost()
             if client.reason and client.state not in (CLOSED, READY):

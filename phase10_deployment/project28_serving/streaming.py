@@ -69,9 +69,9 @@ class EventStream(Response):
             if job.done():
                 job.result()
         finally:
+            self.ended()
             await _cancel(job, gone)
             await self.parts.aclose()
-            self.ended()
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

@@ -1,6 +1,7 @@
 """Clients that leave, engines that break, servers that are told to go: nothing is lost in silence, or stays behind."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -279,6 +280,15 @@ def test_an_engine_that_is_stuck_is_ended_and_started_anew(eventually):
             async for batch in client.open([Ask([1, 2], SamplingParams(4, 0.0, stop_ids=()))]):
                 pieces += batch
 
+    async def impatient(client):
+        async with asyncio.timeout(20):
+            while client.n_restarts == 1:  # clients who give up after half a second, one after the other
+                with contextlib.suppress(UnavailableError):
+                    answers = client.open([Ask([1, 2], SamplingParams(4, 0.0, stop_ids=()))])
+                    await asyncio.sleep(0.5)
+                    client.close(answers)
+        await client.ready()
+
     async def ask():
         client = EngineClient(build_stuck, silence=2.0)
         await client.start()
@@ -289,7 +299,8 @@ def test_an_engine_that_is_stuck_is_ended_and_started_anew(eventually):
         with pytest.raises(UnavailableError, match="the engine broke"):
             await read(client, first)
         await client.ready()
-        assert len(first) == 1 and client.n_restarts == 1 and client.card.pid != pid
+        await impatient(client)
+        assert len(first) == 1 and client.n_restarts == 2 and client.card.pid != pid
         await client.stop()
 
     asyncio.run(ask())
@@ -304,7 +315,7 @@ class ClumsyEngine(Engine):
         return super().add(prompt, *args)
 
 
-def test_texts_that_fail_are_counted_and_the_others_go_on(serve, eventually):
+def test_texts_that_fail_are_counted_and_the_others_go_on(serve, capfd):
     with serve(kind=ClumsyEngine) as server:
         failed = httpx.post(server.url + TEXT, json={"prompt": [1, 2, 3]})
         assert failed.status_code == 503 and "RuntimeError" in failed.text and "secret" not in failed.text
@@ -312,6 +323,12 @@ def test_texts_that_fail_are_counted_and_the_others_go_on(serve, eventually):
         metrics = httpx.get(f"{server.url}/metrics").text
         assert 'vllm:request_success_total{finished_reason="error",model_name="tiny"} 1.0' in metrics
         assert server.client.n_restarts == 0
+    said = capfd.readouterr().err
+    assert (
+        "RuntimeError" in said
+        and "in add" in said
+        and "of this text" not in said.replace('a secret of this text")', "")
+    )
 
 
 def test_what_an_engine_counted_outlives_it(serve, eventually, monkeypatch):

@@ -13,6 +13,7 @@ import gc
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 
 from phase3_core_inference.project8_kv_cache.sampling_params import SamplingParams
 from phase4_advanced_inference.project12_dynamic_batching.request import Request
-from phase10_deployment.project28_serving.engine import Engine, Gauges
+from phase10_deployment.project28_serving.engine import Engine
 from phase10_deployment.project28_serving.wire import Wire
 
 FAILED = "failed"  # the finish_reason of a text that could not be written
@@ -98,7 +99,6 @@ class Worker:
         self._texts: dict[int, _Text] = {}  # by the request's index
         self._indices: dict[int, int] = {}  # number -> index
         self._taken: list[int] = []  # of which nothing was said yet
-        self._told: Gauges | None = None
 
     def run(self) -> None:
         """Work until told to stop, or until nobody listens any more."""
@@ -131,7 +131,7 @@ class Worker:
             self.wire.send(("refused", number, str(error)))
             return
         except Exception as error:  # of this text alone; a device that is lost will end the next step
-            traceback.print_exc()
+            _complain(error)
             self.wire.send(("failed", number, type(error).__name__))
             return
         self._texts[request.index], self._indices[number] = _Text(number, request), request.index
@@ -148,11 +148,11 @@ class Worker:
         except ValueError as error:  # what the caller gave
             self.wire.send(("refused", number, str(error)))
         except Exception as error:  # of this call alone; a device that is lost will end the next step
-            traceback.print_exc()
+            _complain(error)
             self.wire.send(("failed", number, type(error).__name__))
 
     def tell(self, pieces: list) -> None:
-        """Say what a step gave, and how things stand; nothing if nothing changed."""
+        """Say what a step gave, and how things stand; each time, as silence means that the engine is stuck."""
         begun, told, gauges = self._begun(), [], self.engine.gauges()
         for piece in pieces:
             text = self._texts.get(piece.index)
@@ -164,9 +164,7 @@ class Worker:
                 failed = getattr(text.request.constraint, "failed", None)
                 reason, words = (FAILED, failed) if failed else (reason, words)
             told.append((text.number, words, piece.token, reason, piece.logprobs))
-        if told or begun or gauges != self._told:
-            self.wire.send(("step", told, begun, gauges))
-            self._told = gauges
+        self.wire.send(("step", told, begun, gauges))
 
     def _begun(self) -> list[tuple[int, float, int]]:
         """Who was let in by the last step."""
@@ -175,6 +173,11 @@ class Worker:
         for text in texts:
             text.begun = True
         return [(text.number, now - text.added, text.request.found) for text in texts]
+
+
+def _complain(error: Exception) -> None:
+    """Say where an error was raised; not its message, which may hold something of a text."""
+    print(*traceback.format_tb(error.__traceback__), type(error).__name__, sep="", file=sys.stderr, flush=True)
 
 
 def work(end: socket.socket, build: Callable[[], Engine]) -> None:
@@ -189,6 +192,7 @@ def work(end: socket.socket, build: Callable[[], Engine]) -> None:
     try:
         engine = build()
         if alone:
+            gc.collect()
             gc.freeze()  # what has been loaded will stay: to look for garbage in it takes longer than a step
         wire.send(("ready", card_of(engine)))
         Worker(engine, wire).run()

@@ -138,7 +138,8 @@ class Blocks:
         if missing > self.cache.allocator.n_free:
             if missing > self.available:
                 return False
-            self._evict(max(missing, self.cache.allocator.n_blocks // HELPING))  # some rows more will ask in this step
+            # Other rows will ask in this step, too; but where little is left, nobody takes more than is needed.
+            self._evict(max(missing, min(self.cache.allocator.n_blocks // HELPING, self.available // 2)))
         self.cache.reserve(request.row, n)
         if request.reading and self.tree is not None:
             self._grown.append(request)

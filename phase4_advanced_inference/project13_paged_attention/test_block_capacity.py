@@ -91,6 +91,18 @@ def test_a_large_cache_gives_back_some_blocks_at_a_time(monkeypatch):
     assert len(calls) == 1 and blocks.cache.allocator.n_free == 2 and known(blocks, range(12)) == 0
 
 
+def test_where_little_is_left_no_more_is_taken_than_is_needed(monkeypatch):
+    monkeypatch.setattr(block_capacity, "HELPING", 1)  # as many as there are, if it were not for the others
+    blocks = blocks_of(8)
+    blocks.release(served(blocks, range(20, 32)))  # three blocks that only the tree has
+    running = served(blocks, range(16))  # four, which the tree knows as well
+    other = served(blocks, [39])
+    assert blocks.available == 3 and blocks.cache.allocator.n_free == 0 and known(blocks, range(16)) == 16
+    assert read(blocks, other, 4)  # one block
+    assert known(blocks, range(20, 32)) == 8 and known(blocks, range(16)) == 16
+    assert running.fed == 16
+
+
 def test_what_was_asked_for_last_stays_longest():
     blocks = blocks_of(6)
     for start in (0, 10, 20):
