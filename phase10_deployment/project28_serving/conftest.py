@@ -22,10 +22,17 @@ from phase10_deployment.project28_serving.server import ServerOptions, create_ap
 LONG = 1024
 
 
-def make_model(vocab_size):
+def make_model(vocab_size, block_size=LONG):
     """A model whose attention matters: larger weights than at the beginning of training."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": vocab_size, "block_size": LONG, "n_layer": 2, "n_head": 4, "n_embd": 32, "n_kv_head": 2}
+    sizes = {
+        "vocab_size": vocab_size,
+        "block_size": block_size,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_embd": 32,
+        "n_kv_head": 2,
+    }
     model = Transformer(PRESETS["llama-7b"](**sizes, n_ff=48)).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.normal_(std=0.3)
@@ -73,6 +80,18 @@ def build(tokenizer):
         return engine
 
     return make
+
+
+class SlowEngine(Engine):
+    """An engine whose steps take so long that a test can act between two of them, and can be counted."""
+
+    n_steps = 0
+
+    def advance(self):
+        """As of `Engine`, after a moment."""
+        type(self).n_steps += 1
+        time.sleep(0.01)
+        return super().advance()
 
 
 @contextlib.contextmanager
