@@ -22,17 +22,10 @@ from phase10_deployment.project28_serving.server import ServerOptions, create_ap
 LONG = 1024
 
 
-def make_model(vocab_size, block_size=LONG):
+def make_model(vocab_size):
     """A model whose attention matters: larger weights than at the beginning of training."""
     torch.manual_seed(0)
-    sizes = {
-        "vocab_size": vocab_size,
-        "block_size": block_size,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_embd": 32,
-        "n_kv_head": 2,
-    }
+    sizes = {"vocab_size": vocab_size, "block_size": LONG, "n_layer": 2, "n_head": 4, "n_embd": 32, "n_kv_head": 2}
     model = Transformer(PRESETS["llama-7b"](**sizes, n_ff=48)).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.normal_(std=0.3)

@@ -11,10 +11,10 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
+from phase1_foundation.project3_pretrain.model import PRESETS, Transformer
 from phase2_finetuning.project4_sft.template import ChatTemplate
 from phase2_finetuning.project4_sft.vocabulary import byte_tokenizer, with_chat_tokens
 from phase10_deployment.project28_serving.client import EngineClient
-from phase10_deployment.project28_serving.conftest import make_model, wait_for
 from phase10_deployment.project28_serving.engine import Engine
 from phase10_deployment.project28_serving.gate import GateOptions
 from phase10_deployment.project28_serving.server import ServerOptions, create_app
@@ -23,6 +23,16 @@ from phase10_deployment.project30_gradio.backend import Backend
 from phase10_deployment.project30_gradio.talking import Api
 
 LONG = 256
+
+
+def make_model(vocab_size):
+    """A model whose attention matters: larger weights than at the beginning of training."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": vocab_size, "block_size": LONG, "n_layer": 2, "n_head": 4, "n_embd": 32, "n_kv_head": 2}
+    model = Transformer(PRESETS["llama-7b"](**sizes, n_ff=48)).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(std=0.3)
+    return model
 
 
 class SlowEngine(Engine):
@@ -43,7 +53,7 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def model(tokenizer):
     """The model that is served."""
-    return make_model(tokenizer.vocab_size, LONG)
+    return make_model(tokenizer.vocab_size)
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +62,7 @@ def build(tokenizer):
 
     def make(slow=False, **options) -> Engine:
         kind = SlowEngine if slow else Engine
-        engine = kind(make_model(tokenizer.vocab_size, LONG), tokenizer, ChatTemplate(tokenizer),
+        engine = kind(make_model(tokenizer.vocab_size), tokenizer, ChatTemplate(tokenizer),
                       **({"n_rows": 8, "max_tokens": 64, "page": 16} | options))  # fmt: skip
         engine.source = "tiny.pt"
         return engine
@@ -136,6 +146,14 @@ def open_page(build):
     return start
 
 
+def wait_for(holds, seconds=30.0):
+    """Wait until something holds; fail if it never does."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)
+
+
 @pytest.fixture(scope="session")
 def eventually():
     """`eventually(lambda: ...)`: wait until it holds."""
@@ -147,7 +165,7 @@ def adapters(tmp_path_factory, tokenizer):
     """name -> folder of a trained adapter."""
     from phase2_finetuning.project5_lora.lora import add_lora, save_adapter
 
-    model = add_lora(make_model(tokenizer.vocab_size, LONG), rank=4, alpha=8.0)
+    model = add_lora(make_model(tokenizer.vocab_size), rank=4, alpha=8.0)
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.normal_(std=0.3)
